@@ -1,0 +1,114 @@
+"""What the tests share: load a script as a module, or edit and run it as a person would."""
+
+import importlib.util
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts find `utils` beside them; so must the tests
+
+
+def scripts():
+    return sorted(ROOT.glob("0*_*.py"))
+
+
+def load(name):
+    """Import a script by its file name, which is no legal module name: definitions only, no run."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Project:
+    """A copy of the scripts in a folder of its own, to edit and run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for script in scripts():
+            shutil.copy(script, folder)
+        shutil.copytree(ROOT / "utils", folder / "utils")
+
+    def edit(self, script, **constants):
+        """Set constants at the head of a script, as a person does in an editor."""
+        path = self.folder / script
+        text = path.read_text(encoding="utf-8")
+        for name, value in constants.items():
+            text, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value!r}", text)
+            assert count == 1, f"{script} has no constant {name} at its head"
+        path.write_text(text, encoding="utf-8")
+
+    def command(self, *arguments):
+        """The command and the environment to run Python here, cut off from the network."""
+        nowhere = "http://127.0.0.1:9"  # nothing listens there: every download fails at once
+        proxies = {f"{p}_proxy": nowhere for p in ("http", "https", "HTTP", "HTTPS")}
+        environment = {**os.environ, **proxies, "PYTHONIOENCODING": "utf-8"}
+        environment.pop("DISPLAY", None)
+        return [sys.executable, *arguments], environment
+
+    def run(self, *arguments, stdin="", timeout=300):
+        """Run `python ARGUMENTS` in the folder and return the finished process."""
+        command, environment = self.command(*arguments)
+        return subprocess.run(
+            command,
+            cwd=self.folder,
+            env=environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=timeout,
+        )
+
+    def lay_mnist(self, images, labels, name="MNIST"):
+        """Write images, uint8 (n, 28, 28), and labels in MNIST's own file format."""
+        raw = self.folder / "data" / name / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        for split in ("train", "t10k"):
+            head = b"".join(i.to_bytes(4, "big") for i in (2051, len(images), 28, 28))
+            (raw / f"{split}-images-idx3-ubyte").write_bytes(head + images.numpy().tobytes())
+            head = b"".join(i.to_bytes(4, "big") for i in (2049, len(labels)))
+            (raw / f"{split}-labels-idx1-ubyte").write_bytes(head + labels.byte().numpy().tobytes())
+
+    def lay_cifar10(self, count=100):
+        """Write `count` images of random colour in CIFAR-10's own file format.
+
+        torchvision compares md5 sums, which such files cannot match: run scripts with `md5_off`.
+        """
+        raw = self.folder / "data" / "cifar-10-batches-py"
+        raw.mkdir(parents=True)
+        rng = np.random.default_rng(0)
+        for i, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
+            colours = rng.integers(0, 256, (count // 5, 3, 1), dtype=np.uint8)
+            data = colours.repeat(1024, axis=2).reshape(-1, 3072)
+            labels = ((np.arange(len(data)) + i) % 10).tolist()
+            (raw / name).write_bytes(pickle.dumps({"data": data, "labels": labels}))
+        meta = {"label_names": [f"class {i}" for i in range(10)]}
+        (raw / "batches.meta").write_bytes(pickle.dumps(meta))
+        (self.folder / "md5_off.py").write_text(
+            "import runpy, sys\n"
+            "import torchvision.datasets.cifar as cifar\n"
+            "cifar.check_integrity = lambda *_: True\n"
+            "runpy.run_path(sys.argv[1], run_name='__main__')\n"
+        )
+
+
+@pytest.fixture
+def project(tmp_path):
+    folder = tmp_path / "a folder with spaces"
+    folder.mkdir()
+    return Project(folder)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

@@ -1,0 +1,212 @@
+"""01_ddpm_toy.py as a person meets it: edit the constants, run the file, look at what it leaves."""
+
+import re
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import load
+from PIL import Image
+
+from utils.visualize import draw_digits
+
+SCRIPT = "01_ddpm_toy.py"
+FILES = ["denoising.gif", "denoising.png", "loss.png", "samples.png", "weights.pt"]
+SMALL = {"T": 20, "BASE_CH": 8, "EPOCHS": 1, "BATCH_SIZE": 50}
+
+
+def outputs(project):
+    folder = project.folder / "outputs" / "01_ddpm_toy"
+    return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+
+
+def check_pictures(project):
+    folder = project.folder / "outputs" / "01_ddpm_toy"
+    assert outputs(project) == FILES, "nothing missing, no temporary file left"
+    for name in FILES[:-1]:
+        with Image.open(folder / name) as picture:
+            pixels = np.asarray(picture.convert("L"))
+            assert min(pixels.shape) > 80 and pixels.std() > 5, f"{name} is empty"
+    with Image.open(folder / "denoising.gif") as animation:
+        assert animation.n_frames > 10
+        first = np.asarray(animation.convert("L")).astype(float)
+        animation.seek(animation.n_frames - 1)
+        assert np.abs(np.asarray(animation.convert("L")) - first).mean() > 5
+    weights = torch.load(folder / "weights.pt", weights_only=True)
+    assert all(torch.isfinite(w).all() for w in weights.values())
+    return weights
+
+
+def losses(output):
+    """The mean losses of the beginning and of the end of training that the script prints."""
+    found = re.search(r"loss ([\d.]+) at first, ([\d.]+) at last", output)
+    assert found, output
+    return float(found[1]), float(found[2])
+
+
+def lay_small_mnist(project, name="MNIST", count=600):
+    project.lay_mnist(*draw_digits(count, seed=1), name)
+
+
+def test_drawn_digits_from_start_to_pictures(project):
+    project.edit(SCRIPT, DATASET="DRAWN", **{**SMALL, "T": 100})
+    done = project.run(SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert "20,000 DRAWN images" in done.stdout
+    assert str(project.folder) in done.stdout, "it says where the files are"
+    assert "Training" in done.stderr and "images/s" in done.stderr and "loss=" in done.stderr
+    assert "Sampling" in done.stderr and "100/100" in done.stderr
+    first, last = losses(done.stdout)
+    assert 0 < last < 0.5 * first
+    weights = check_pictures(project)
+    # What was saved can be loaded and is what sampled.
+    model = load(SCRIPT).SimpleUNet(1, 8, torch.ones(100))
+    model.load_state_dict(weights)
+
+
+def test_mnist_that_cannot_be_had_becomes_drawn_digits(project):
+    project.edit(SCRIPT, DATASET="MNIST", **{**SMALL, "BATCH_SIZE": 2000})
+    done = project.run(SCRIPT)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if "DRAWN" in line)
+    assert "MNIST" in line and "Connection refused" in line and str(project.folder) in line
+    check_pictures(project)
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "FashionMNIST"])
+def test_a_chosen_data_set_is_never_replaced(project, name):
+    project.edit(SCRIPT, DATASET=name, **SMALL)
+    done = project.run(SCRIPT)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert name in done.stderr and "DRAWN" in done.stderr and "data" in done.stderr
+    assert outputs(project) == []
+
+
+def test_cifar10(project):
+    project.lay_cifar10(100)
+    project.edit(SCRIPT, DATASET="CIFAR10", **SMALL)
+    done = project.run("md5_off.py", SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert "100 CIFAR10 images" in done.stdout
+    check_pictures(project)
+
+
+def test_fashion_mnist(project):
+    lay_small_mnist(project, "FashionMNIST")
+    project.edit(SCRIPT, DATASET="FashionMNIST", **SMALL)
+    done = project.run(SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert "600 FashionMNIST images" in done.stdout
+    check_pictures(project)
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"T": 2},
+        {"T": 150},
+        {"BASE_CH": 1},
+        {"BASE_CH": 20},
+        {"BATCH_SIZE": 1, "BASE_CH": 4},
+        {"BATCH_SIZE": 999},
+        {"BATCH_SIZE": 7, "LEARNING_RATE": 1e-4, "SEED": 5},
+    ],
+    ids=str,
+)
+def test_any_constant_can_be_changed(project, constants):
+    lay_small_mnist(project, count=65)
+    project.edit(SCRIPT, **{**SMALL, "T": 5, **constants})
+    done = project.run(SCRIPT)
+    assert done.returncode == 0, done.stderr
+    check_pictures(project)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATASET", "MNITS"),
+        ("DATASET", 5),
+        ("T", 0),
+        ("T", 1),
+        ("T", 2.5),
+        ("BASE_CH", 0),
+        ("BASE_CH", "32"),
+        ("EPOCHS", -1),
+        ("EPOCHS", True),
+        ("BATCH_SIZE", 0),
+        ("LEARNING_RATE", 0),
+        ("LEARNING_RATE", float("nan")),
+        ("LEARNING_RATE", "fast"),
+        ("SEED", -3),
+        ("SEED", None),
+    ],
+)
+def test_nonsense_ends_with_one_line_that_names_it(project, name, value):
+    project.edit(SCRIPT, **{name: value})
+    done = project.run(SCRIPT)
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{name} = {value!r}"), done.stderr
+    assert not (project.folder / "data").exists() and outputs(project) == []
+
+
+def test_same_seed_same_pictures_other_seed_other_pictures(project):
+    lay_small_mnist(project, count=200)
+    pixels = []
+    for seed in (0, 0, 1):
+        project.edit(SCRIPT, SEED=seed, **{**SMALL, "T": 5})
+        assert project.run(SCRIPT).returncode == 0
+        path = project.folder / "outputs" / "01_ddpm_toy" / "samples.png"
+        pixels.append(np.asarray(Image.open(path).convert("L"))[100:-100])
+    assert np.array_equal(pixels[0], pixels[1])
+    assert not np.array_equal(pixels[0], pixels[2])
+
+
+def test_the_trained_model_is_there_to_play_with(project):
+    """python -i 01_ddpm_toy.py, then ddpm.sample(n=16)."""
+    lay_small_mnist(project, count=65)
+    project.edit(SCRIPT, **{**SMALL, "T": 5})
+    question = "x = ddpm.sample(n=16); print(tuple(x.shape), bool((x.abs() <= 1).all()))\n"
+    done = project.run("-i", SCRIPT, stdin=question)
+    assert "(16, 1, 28, 28) True" in done.stdout, done.stderr
+
+
+def test_ctrl_c_keeps_what_was_learned(project):
+    lay_small_mnist(project, count=600)
+    project.edit(SCRIPT, **{**SMALL, "EPOCHS": 100_000})
+    command, environment = project.command(SCRIPT)
+    process = subprocess.Popen(
+        command,
+        cwd=project.folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    seen = ""
+    while "loss=" not in seen:  # the bar shows a loss: training is under way
+        seen += process.stderr.read(1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "ended early" in output
+    check_pictures(project)
+
+
+def test_a_damaged_file_is_named(project):
+    lay_small_mnist(project, "FashionMNIST", count=65)
+    file = project.folder / "data" / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:1000])
+    project.edit(SCRIPT, DATASET="FashionMNIST", **SMALL)
+    done = project.run(SCRIPT)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and "FashionMNIST" in done.stderr
+    assert len(file.read_bytes()) == 1000, "a person's file is left alone"
+    assert outputs(project) == []

@@ -1,0 +1,186 @@
+"""utils/visualize.py: the drawn digits and the figures."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils import visualize
+from utils.visualize import draw_digits
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+# %% Drawn digits
+
+
+def test_drawn_digits_have_the_shape_and_range_of_mnist():
+    images, labels = draw_digits(500, seed=3)
+    assert images.shape == (500, 28, 28) and images.dtype == torch.uint8
+    assert labels.shape == (500,) and labels.dtype == torch.int64
+    assert sorted(labels.unique().tolist()) == list(range(10))
+    assert images.min() == 0 and images.max() == 255
+    ink = images.float().mean() / 255
+    assert 0.05 < ink < 0.25, "MNIST has 0.13"
+    assert (images[:, 0].float().mean() < 5) and (images[:, :, 0].float().mean() < 5), "clear edge"
+    assert (images.flatten(1).amax(1) > 150).all(), "no image is empty"
+
+
+def test_drawn_digits_follow_the_seed():
+    first, labels = draw_digits(50, seed=1)
+    again, labels_again = draw_digits(50, seed=1)
+    other, _ = draw_digits(50, seed=2)
+    assert torch.equal(first, again) and torch.equal(labels, labels_again)
+    assert not torch.equal(first, other)
+
+
+def test_drawn_digits_leave_the_global_random_state_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    draw_digits(20)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_drawn_digits_vary_and_can_be_told_apart():
+    """A nearest-mean classifier trained on some reads others: the labels belong to the images."""
+    images, labels = draw_digits(3000, seed=0)
+    x = images.flatten(1).float()
+    means = torch.stack([x[:2000][labels[:2000] == d].mean(0) for d in range(10)])
+    read = torch.cdist(x[2000:], means).argmin(1)
+    assert (read == labels[2000:]).float().mean() > 0.7
+    spread = torch.stack([x[labels == d].std(0).mean() for d in range(10)])
+    assert (spread > 20).all(), "many ways to write each digit"
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, "many"])
+def test_drawing_a_senseless_number_of_digits(n):
+    with pytest.raises(ValueError, match="n ="):
+        draw_digits(n)
+
+
+# %% Figures
+
+
+def make_frames(channels=1, side=8, count=4, stages=12):
+    frames = []
+    for i in range(stages):
+        x = torch.rand(count, channels, side, side) * 2 - 1
+        frames.append((stages - 2 - i, x, x / 2))
+    return frames
+
+
+def make_figures(folder, channels=1):
+    x = torch.rand(5, channels, 8, 8) * 2 - 1
+    alphas_cumprod = torch.linspace(0.999, 0.001, 50)
+    return [
+        visualize.sample_grid(x, folder / "grid.png", "Title", "note"),
+        visualize.denoising_strip(make_frames(channels), folder / "strip.png"),
+        visualize.denoising_gif(make_frames(channels), folder / "steps.gif"),
+        visualize.loss_curve(np.linspace(1, 0.1, 300), folder / "loss.png"),
+        visualize.forward_process(x[:2], alphas_cumprod, folder / "forward.png"),
+        visualize.schedule_comparison(x[0], folder / "schedules.png"),
+    ]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_figure_is_written_and_shows_something(tmp_path, channels):
+    paths = make_figures(tmp_path / "new folder", channels)
+    for path in paths:
+        assert pixels(path).std() > 5, path.name
+    assert len(os.listdir(tmp_path / "new folder")) == len(paths), "no temporary file stays"
+
+
+def test_one_image_and_one_loss_are_enough(tmp_path):
+    visualize.sample_grid(torch.zeros(1, 1, 28, 28), tmp_path / "grid.png")
+    visualize.loss_curve([0.5], tmp_path / "loss.png")
+    visualize.denoising_strip(make_frames(stages=2, count=1), tmp_path / "strip.png")
+    visualize.denoising_gif(make_frames(stages=2, count=1), tmp_path / "steps.gif")
+
+
+def test_tiles_stand_row_by_row_in_the_right_greys():
+    images = torch.tensor([-1.0, 0.0, 1.0, 5.0]).view(4, 1, 1, 1).expand(4, 1, 2, 2)
+    tiles = visualize._tile(images, columns=2, gap=1, background=7)
+    assert tiles.shape == (5, 5, 3)
+    assert [tiles[y, x, 0] for y in (0, 3) for x in (0, 3)] == [0, 128, 255, 255]
+    assert (tiles[2] == 7).all() and (tiles[:, 2] == 7).all()
+
+
+def test_colour_images_keep_their_colours():
+    red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    assert (visualize._tile(red, columns=1) == [255, 0, 0]).all()
+
+
+def test_animation_runs_from_first_to_last_frame(tmp_path):
+    frames = [(1 - i, torch.full((4, 1, 8, 8), v), None) for i, v in enumerate((-1.0, 0.0, 1.0))]
+    path = visualize.denoising_gif(frames, tmp_path / "steps.gif", scale=1)
+    with Image.open(path) as animation:
+        assert animation.n_frames == 3 and animation.info["loop"] == 0
+        greys = []
+        for i in range(3):
+            animation.seek(i)
+            greys.append(animation.convert("L").getpixel((2, 2)))
+        assert greys == [0, 128, 255]
+        assert animation.info["duration"] == 2000
+
+
+def test_a_failed_save_leaves_the_old_picture(tmp_path, monkeypatch):
+    path = visualize.sample_grid(torch.zeros(4, 1, 8, 8), tmp_path / "grid.png")
+    before = path.read_bytes()
+
+    def full_disk(self, target, **options):
+        with open(target, "wb") as file:
+            file.write(b"half a picture")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(visualize.Figure, "savefig", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        visualize.sample_grid(torch.ones(4, 1, 8, 8), path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["grid.png"]
+
+
+def test_figures_appear_in_a_notebook(tmp_path, monkeypatch):
+    shown = []
+
+    class Shell:
+        kernel = True
+
+    class IPython:
+        @staticmethod
+        def get_ipython():
+            return Shell()
+
+        class display:
+            display = shown.append
+
+    monkeypatch.setitem(visualize.sys.modules, "IPython", IPython)
+    visualize.sample_grid(torch.zeros(4, 1, 8, 8), tmp_path / "grid.png")
+    assert len(shown) == 1
+
+
+def test_run_as_a_script_without_and_with_mnist(project):
+    done = project.run("utils/visualize.py")
+    assert done.returncode == 0, done.stderr
+    assert "drawn digits" in done.stdout
+    folder = project.folder / "outputs" / "visualize"
+    assert sorted(p.name for p in folder.iterdir()) == ["forward_process.png", "schedules.png"]
+    assert all(pixels(p).std() > 5 for p in folder.iterdir())
+    project.lay_mnist(*draw_digits(100, seed=1))
+    done = project.run("utils/visualize.py")
+    assert done.returncode == 0, done.stderr
+    assert "Images: MNIST" in done.stdout
+
+
+def test_schedules_are_those_of_diffusers():
+    from diffusers import DDPMScheduler
+
+    linear = DDPMScheduler(1000, beta_schedule="linear").alphas_cumprod
+    cosine = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    assert (visualize._linear_alphas_cumprod().float() - linear).abs().max() < 1e-6
+    assert (visualize._cosine_alphas_cumprod().float() - cosine).abs().max() < 1e-6

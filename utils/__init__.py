@@ -1,0 +1,1 @@
+"""Plotting and interpolation helpers shared by the five scripts."""

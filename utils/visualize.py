@@ -1,0 +1,373 @@
+"""Figures for the diffusion scripts, all in one look, and digits drawn without any download.
+
+    python utils/visualize.py
+
+needs no training. It takes real MNIST digits where `data/` has them, drawn ones otherwise, and
+leaves two figures in `outputs/visualize/`: how noise takes over an image, and how the linear noise
+schedule of DDPM differs from the cosine schedule of Improved DDPM.
+
+Nothing here is needed to understand diffusion: the scripts hold the algorithms, this file draws.
+Images are float tensors in [-1, 1] of shape (B, C, H, W), C = 1 or 3. Every figure is written to a
+temporary file and then renamed, so an interrupted run leaves the old picture whole; no display is
+needed; in a notebook the figure also appears below the cell.
+
+Papers
+    DDPM           Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
+    Improved DDPM  Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models,
+                   arXiv:2102.09672
+"""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = [
+    "denoising_gif",
+    "denoising_strip",
+    "draw_digits",
+    "forward_process",
+    "loss_curve",
+    "sample_grid",
+    "schedule_comparison",
+]
+
+# From Okabe and Ito's palette, made for colour-blind readers.
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
+
+
+# %% 1. Digits without a download
+
+# Fonts that ship with matplotlib and hold the ten digits.
+DIGIT_FONTS = [
+    *(f"DejaVuSans{s}" for s in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSansMono{s}" for s in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{s}" for s in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *(f"STIXGeneral{s}" for s in ("", "Bol", "Italic", "BolIta")),
+    *("cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"),
+]
+
+
+def _digit_templates(side=64, height=44):
+    """Each digit in each font and three stroke weights: uint8 (fonts, weights, 10, side, side)."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    templates = np.zeros((len(DIGIT_FONTS), 3, 10, side, side), dtype=np.uint8)
+    for f, name in enumerate(DIGIT_FONTS):
+        font = ImageFont.truetype(folder / f"{name}.ttf", 64)
+        left, top, right, bottom = font.getbbox("0")
+        font = ImageFont.truetype(folder / f"{name}.ttf", round(64 * height / (bottom - top)))
+        for weight in range(3):
+            for digit in range(10):
+                canvas = Image.new("L", (side, side))
+                pen = ImageDraw.Draw(canvas)
+                left, top, right, bottom = pen.textbbox((0, 0), str(digit), font)
+                corner = (side - left - right) / 2, (side - top - bottom) / 2
+                pen.text(corner, str(digit), 255, font, stroke_width=weight)
+                templates[f, weight, digit] = canvas
+    return torch.from_numpy(templates)
+
+
+def draw_digits(n=20_000, seed=0):
+    """Draw a stand-in for MNIST: digits in 21 fonts, randomly turned, sheared, scaled and shifted.
+
+    Returns images, uint8 (n, 28, 28), white (255) on black (0), and labels, int64 (n,), 0 ... 9:
+    the shapes and ranges of torchvision's `MNIST.data` and `MNIST.targets`. The same seed gives the
+    same digits. Raises ValueError if n is not a positive whole number.
+    """
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"draw_digits: n = {n!r}, but it must be a whole number of at least 1")
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    templates = _digit_templates()
+    labels = torch.randint(10, (n,), generator=generator)
+    fonts = torch.randint(len(DIGIT_FONTS), (n,), generator=generator)
+    weights = torch.randint(3, (n,), generator=generator)
+    # theta maps each output pixel to the place in the template that it shows, both in -1 ... 1.
+    angle, shear = uniform(-0.25, 0.25), uniform(-0.25, 0.25)
+    scale_x, scale_y = uniform(0.9, 1.25), uniform(0.95, 1.15)
+    cos, sin = angle.cos(), angle.sin()
+    theta = torch.stack(
+        [
+            torch.stack([scale_x * cos, scale_x * (shear - sin), uniform(-0.12, 0.12)], 1),
+            torch.stack([scale_y * sin, scale_y * cos, uniform(-0.08, 0.08)], 1),
+        ],
+        dim=1,
+    )  # (n, 2, 3)
+    images = torch.empty(n, 28, 28, dtype=torch.uint8)
+    for part in torch.arange(n).split(1000):
+        glyphs = templates[fonts[part], weights[part], labels[part]][:, None].float()
+        # Twice the final resolution, then the mean of each 2 x 2 block: smooth edges, like MNIST's.
+        grid = F.affine_grid(theta[part], (len(part), 1, 56, 56), align_corners=False)
+        drawn = F.avg_pool2d(F.grid_sample(glyphs, grid, align_corners=False), 2)
+        images[part] = drawn[:, 0].round().clamp(0, 255).byte()
+    return images, labels
+
+
+# %% 2. One look for every figure
+
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "savefig.dpi": 130,
+}
+
+
+def _figure(width, height, title, note=""):
+    """An empty figure (inches) with a title and, in small grey letters below, what was run."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    fig.suptitle(title, fontsize=13)
+    if note:
+        fig.supxlabel(note, fontsize=8, color=GREY)
+    return fig
+
+
+def _save(fig, path):
+    """Write the figure atomically as PNG, show it if this is a notebook, and return its path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        fig.savefig(partial, format="png")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _show_in_notebook(fig)
+    return path
+
+
+def _show_in_notebook(fig):
+    """Display the figure below the running cell; do nothing outside a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if shell is not None and hasattr(shell, "kernel"):
+        ipython.display.display(fig)
+
+
+def _to_uint8(images):
+    """Images in [-1, 1], (B, C, H, W), as a NumPy array of 0 ... 255, (B, H, W, 3)."""
+    images = images.detach().float().cpu().clamp(-1, 1)
+    images = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    return images.expand(-1, -1, -1, 3).numpy()  # grey becomes three equal channels
+
+
+def _tile(images, columns, gap=2, background=255):
+    """Set images (B, C, H, W) into one picture, row by row: uint8 (height, width, 3)."""
+    images = _to_uint8(images)
+    count, high, wide, _ = images.shape
+    rows = math.ceil(count / columns)
+    shape = (rows * (high + gap) - gap, columns * (wide + gap) - gap, 3)
+    canvas = np.full(shape, background, dtype=np.uint8)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (high + gap), (i % columns) * (wide + gap)
+        canvas[y : y + high, x : x + wide] = image
+    return canvas
+
+
+def _show_tiles(ax, images, columns, gap=2, column_names=(), row_names=()):
+    """Draw images (B, C, H, W) as a table on the axes, with a name at each column and each row."""
+    high, wide = images.shape[-2:]
+    ax.imshow(_tile(images, columns, gap), interpolation="nearest")
+    ax.xaxis.tick_top()
+    ax.set_xticks([i * (wide + gap) + wide / 2 for i in range(len(column_names))], column_names)
+    ax.set_yticks([i * (high + gap) + high / 2 for i in range(len(row_names))], row_names)
+    ax.tick_params(length=0, labelsize=9)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
+# %% 3. Figures that every script leaves
+
+
+@matplotlib.rc_context(STYLE)
+def sample_grid(images, path, title="Samples", note="", columns=None):
+    """Save images (B, C, H, W) in [-1, 1] as a grid, square unless `columns` says otherwise."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width = max(4.5, 0.75 * columns)
+    fig = _figure(width, width * rows / columns + 0.6, title, note)
+    _show_tiles(fig.subplots(), images, columns)
+    return _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def denoising_strip(frames, path, title="From noise to image", note="", count=3, columns=11):
+    """Save the way from noise to image: x_t above, the network's guess of the image, x̂₀, below.
+
+    frames: list of (t, x_t, x_0_pred) in sampling order, images (B, C, H, W) in [-1, 1], the last
+    one with t = -1 for the finished images. Shows the first `count` images at `columns` stages.
+    """
+    chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
+    frames = [frames[i] for i in chosen]
+    names = [f"t = {t}" if t >= 0 else "image" for t, _, _ in frames]
+    count = min(count, len(frames[0][1]))
+    rows, row_names = [], []
+    for i in range(count):
+        rows += [x_t[i] for _, x_t, _ in frames] + [x_0_pred[i] for _, _, x_0_pred in frames]
+        row_names += ["$x_t$", r"$\hat{x}_0$"]
+    fig = _figure(0.85 * len(frames) + 0.6, 0.85 * 2 * count + 1.1, title, note)
+    _show_tiles(fig.subplots(), torch.stack(rows), len(frames), 2, names, row_names)
+    return _save(fig, path)
+
+
+def denoising_gif(frames, path, count=16, scale=2, milliseconds=70):
+    """Save the way from noise to image as an animated GIF with a bar that shows how far it is.
+
+    frames: as for `denoising_strip`. The first `count` images are shown, each pixel `scale` pixels
+    wide. The finished images stand still for two seconds before the animation starts again.
+    """
+    pictures = []
+    for number, (_, x_t, _) in enumerate(frames, start=1):
+        shown = x_t[:count]
+        tiles = _tile(shown, columns=math.ceil(math.sqrt(len(shown))), background=30)
+        bar = np.full((3, tiles.shape[1], 3), 30, dtype=np.uint8)
+        bar[1:, : round(tiles.shape[1] * number / len(frames))] = (86, 180, 233)
+        picture = Image.fromarray(np.concatenate([tiles, bar]).repeat(scale, 0).repeat(scale, 1))
+        # Few colours keep the file small: noise cannot be compressed, only coarsened.
+        colours = 16 if x_t.shape[1] == 1 else 64
+        pictures.append(picture.quantize(colours, dither=Image.Dither.NONE))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    times = [milliseconds] * (len(pictures) - 1) + [2000]
+    try:
+        pictures[0].save(
+            partial, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0
+        )
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+@matplotlib.rc_context(STYLE)
+def loss_curve(losses, path, title="Training loss", note=""):
+    """Save the loss of every training step (pale) and its running mean (strong), on a log axis."""
+    losses = np.asarray(losses, dtype=np.float64)
+    window = max(1, min(100, len(losses) // 10))
+    mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+    fig = _figure(7, 4, title, note)
+    ax = fig.subplots()
+    ax.plot(np.arange(1, len(losses) + 1), losses, color=BLUE, alpha=0.2, linewidth=0.7)
+    centres = np.arange(len(mean)) + (window + 1) / 2
+    ax.plot(centres, mean, color=BLUE, label=f"mean of {window} steps")
+    ax.set(xlabel="training step", ylabel="loss", yscale="log")
+    ax.legend()
+    return _save(fig, path)
+
+
+# %% 4. The forward process and the schedules
+
+
+def _linear_alphas_cumprod(T=1000):
+    """ᾱ of DDPM's schedule (section 4: β from 1e-4 to 0.02 at T = 1000), float64 (T,)."""
+    betas = (torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T).clamp(max=0.999)
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def _cosine_alphas_cumprod(T=1000, s=0.008):
+    """ᾱ of Improved DDPM, Eq. 17, with β clipped at 0.999 as the paper says, float64 (T,)."""
+    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2) ** 2
+    betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def _noised(x_0, alphas_cumprod, timesteps, seed):
+    """One image (C, H, W) at several timesteps with the same noise: (len(timesteps), C, H, W)."""
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
+    x_0, alpha_bar_t = x_0.cpu(), alphas_cumprod.cpu()[timesteps].float().view(-1, 1, 1, 1)
+    # DDPM Eq. 4:  x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε
+    return alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * noise
+
+
+@matplotlib.rc_context(STYLE)
+def forward_process(x_0, alphas_cumprod, path, title="The forward process", note="", seed=0):
+    """Save images (B, C, H, W) in [-1, 1] as they drown in noise while t rises, one row each.
+
+    alphas_cumprod: the schedule's ᾱ, float (T,).
+    """
+    T = len(alphas_cumprod)
+    timesteps = np.linspace(0, T - 1, 11).round().astype(int).tolist()
+    rows = torch.cat([_noised(x, alphas_cumprod, timesteps, seed) for x in x_0])
+    names = [
+        f"t = {t}\n$\\sqrt{{\\bar\\alpha_t}}$ = {alphas_cumprod[t].sqrt():.3f}" for t in timesteps
+    ]
+    fig = _figure(10.5, 0.95 * len(x_0) + 1.2, title, note)
+    _show_tiles(fig.subplots(), rows, len(timesteps), 2, names)
+    return _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def schedule_comparison(x_0, path, T=1000, note="", seed=0):
+    """Save the linear against the cosine schedule: ᾱ, log-SNR, and x_0 (C, H, W) under both."""
+    schedules = {
+        "linear": (_linear_alphas_cumprod(T), ORANGE, "--"),
+        "cosine": (_cosine_alphas_cumprod(T), BLUE, "-"),
+    }
+    fig = _figure(9.5, 6.2, "Linear and cosine noise schedule", note)
+    axes = fig.subplot_mosaic([["left", "right"], ["images", "images"]], height_ratios=[3, 2.4])
+    for name, (alphas_cumprod, colour, dash) in schedules.items():
+        log_snr = (alphas_cumprod / (1 - alphas_cumprod)).log()
+        axes["left"].plot(alphas_cumprod, color=colour, linestyle=dash, label=name)
+        axes["right"].plot(log_snr, color=colour, linestyle=dash, label=name)
+    axes["left"].set(title="Signal left in the image", xlabel="t", ylabel=r"$\bar\alpha_t$")
+    axes["right"].set(title="Signal-to-noise ratio", xlabel="t", ylim=(-12, 10))
+    axes["right"].set_ylabel(r"log SNR = $\log\ \bar\alpha_t\,/\,(1-\bar\alpha_t)$")
+    axes["left"].legend()
+    axes["right"].legend()
+    timesteps = np.linspace(0, T - 1, 11).round().astype(int).tolist()
+    rows = torch.cat([_noised(x_0, table, timesteps, seed) for table, _, _ in schedules.values()])
+    names = [f"t = {t}" for t in timesteps]
+    _show_tiles(axes["images"], rows, len(timesteps), 2, names, list(schedules))
+    return _save(fig, path)
+
+
+# %% 5. Run
+
+
+def _some_digits(data_dir):
+    """One image of each of 0 ... 4, (5, 1, 28, 28) in [-1, 1], and the name of the data set."""
+    try:
+        from torchvision.datasets import MNIST
+
+        mnist = MNIST(data_dir, train=True, download=False)
+        (images, labels), name = (mnist.data, mnist.targets), "MNIST"
+    except RuntimeError:  # what torchvision raises when the files are not there
+        (images, labels), name = draw_digits(200, seed=0), "drawn digits"
+    first = torch.stack([images[labels == digit][0] for digit in range(5)])
+    return first[:, None].float() / 127.5 - 1, name
+
+
+if __name__ == "__main__":
+    ROOT = Path(__file__).resolve().parent.parent
+    digits, source = _some_digits(ROOT / "data")
+    folder = ROOT / "outputs" / "visualize"
+    print(f"Images: {source}")
+    note = f"{source}, T = 1000, seed 0"
+    for saved in (
+        forward_process(
+            digits,
+            _linear_alphas_cumprod(),
+            folder / "forward_process.png",
+            title="The forward process: the same image with ever more noise",
+            note=f"{note}, linear schedule",
+        ),
+        schedule_comparison(digits[3], folder / "schedules.png", note=note),
+    ):
+        print(f"Saved {saved}")
