@@ -15,7 +15,7 @@ from utils.visualize import draw_digits
 
 SCRIPT = "01_ddpm_toy.py"
 FILES = ["denoising.gif", "denoising.png", "loss.png", "samples.png", "weights.pt"]
-SMALL = {"T": 20, "BASE_CH": 8, "EPOCHS": 1, "BATCH_SIZE": 50}
+SMALL = {"T": 20, "BASE_CH": 8, "EPOCHS": 1, "BATCH_SIZE": 100}
 
 
 def outputs(project):
@@ -31,7 +31,7 @@ def check_pictures(project):
             pixels = np.asarray(picture.convert("L"))
             assert min(pixels.shape) > 80 and pixels.std() > 5, f"{name} is empty"
     with Image.open(folder / "denoising.gif") as animation:
-        assert animation.n_frames > 10
+        assert animation.n_frames > 2
         first = np.asarray(animation.convert("L")).astype(float)
         animation.seek(animation.n_frames - 1)
         assert np.abs(np.asarray(animation.convert("L")) - first).mean() > 5
@@ -42,7 +42,7 @@ def check_pictures(project):
 
 def losses(output):
     """The mean losses of the beginning and of the end of training that the script prints."""
-    found = re.search(r"loss ([\d.]+) at first, ([\d.]+) at last", output)
+    found = re.search(r"Loss ([\d.]+) at first, ([\d.]+) at last", output)
     assert found, output
     return float(found[1]), float(found[2])
 
@@ -55,7 +55,7 @@ def test_drawn_digits_from_start_to_pictures(project):
     project.edit(SCRIPT, DATASET="DRAWN", **{**SMALL, "T": 100})
     done = project.run(SCRIPT)
     assert done.returncode == 0, done.stderr
-    assert "20,000 DRAWN images" in done.stdout
+    assert "20,000 images of DRAWN" in done.stdout
     assert str(project.folder) in done.stdout, "it says where the files are"
     assert "Training" in done.stderr and "images/s" in done.stderr and "loss=" in done.stderr
     assert "Sampling" in done.stderr and "100/100" in done.stderr
@@ -91,7 +91,7 @@ def test_cifar10(project):
     project.edit(SCRIPT, DATASET="CIFAR10", **SMALL)
     done = project.run("md5_off.py", SCRIPT)
     assert done.returncode == 0, done.stderr
-    assert "100 CIFAR10 images" in done.stdout
+    assert "100 images of CIFAR10" in done.stdout
     check_pictures(project)
 
 
@@ -100,7 +100,7 @@ def test_fashion_mnist(project):
     project.edit(SCRIPT, DATASET="FashionMNIST", **SMALL)
     done = project.run(SCRIPT)
     assert done.returncode == 0, done.stderr
-    assert "600 FashionMNIST images" in done.stdout
+    assert "600 images of FashionMNIST" in done.stdout
     check_pictures(project)
 
 
@@ -139,7 +139,7 @@ def test_any_constant_can_be_changed(project, constants):
         ("EPOCHS", True),
         ("BATCH_SIZE", 0),
         ("LEARNING_RATE", 0),
-        ("LEARNING_RATE", float("nan")),
+        ("LEARNING_RATE", 2.0),
         ("LEARNING_RATE", "fast"),
         ("SEED", -3),
         ("SEED", None),
@@ -164,6 +164,16 @@ def test_same_seed_same_pictures_other_seed_other_pictures(project):
         pixels.append(np.asarray(Image.open(path).convert("L"))[100:-100])
     assert np.array_equal(pixels[0], pixels[1])
     assert not np.array_equal(pixels[0], pixels[2])
+
+
+def test_folders_can_be_changed_to_plain_strings(project):
+    lay_small_mnist(project, count=65)
+    (project.folder / "data").rename(project.folder / "images")
+    project.edit(SCRIPT, DATA_DIR="images", OUT_DIR="my pictures/today", **{**SMALL, "T": 5})
+    done = project.run(SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert "65 images of MNIST" in done.stdout
+    assert sorted(p.name for p in (project.folder / "my pictures/today").iterdir()) == FILES
 
 
 def test_the_trained_model_is_there_to_play_with(project):

@@ -20,6 +20,7 @@ Papers
 import math
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -138,18 +139,25 @@ def _figure(width, height, title, note=""):
     return fig
 
 
-def _save(fig, path):
-    """Write the figure atomically as PNG, show it if this is a notebook, and return its path."""
+@contextmanager
+def _atomically(path):
+    """Give a temporary file to write to; it becomes `path` once the writing has gone well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        fig.savefig(partial, format="png")
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _save(fig, path):
+    """Write the figure atomically as PNG, show it if this is a notebook, and return its path."""
+    with _atomically(path) as partial:
+        fig.savefig(partial, format="png")
     _show_in_notebook(fig)
-    return path
+    return Path(path)
 
 
 def _show_in_notebook(fig):
@@ -226,34 +234,28 @@ def denoising_strip(frames, path, title="From noise to image", note="", count=3,
     return _save(fig, path)
 
 
-def denoising_gif(frames, path, count=16, scale=2, milliseconds=70):
+def denoising_gif(frames, path, count=9, scale=2, stages=26, milliseconds=100):
     """Save the way from noise to image as an animated GIF with a bar that shows how far it is.
 
-    frames: as for `denoising_strip`. The first `count` images are shown, each pixel `scale` pixels
-    wide. The finished images stand still for two seconds before the animation starts again.
+    frames: as for `denoising_strip`. Shows the first `count` images at `stages` of the stages, each
+    pixel `scale` pixels wide; the finished images stand still for two seconds.
     """
+    chosen = np.linspace(0, len(frames) - 1, min(stages, len(frames))).round().astype(int)
     pictures = []
-    for number, (_, x_t, _) in enumerate(frames, start=1):
-        shown = x_t[:count]
+    for number, index in enumerate(chosen, start=1):
+        shown = frames[index][1][:count]
         tiles = _tile(shown, columns=math.ceil(math.sqrt(len(shown))), background=30)
         bar = np.full((3, tiles.shape[1], 3), 30, dtype=np.uint8)
-        bar[1:, : round(tiles.shape[1] * number / len(frames))] = (86, 180, 233)
+        bar[1:, : round(tiles.shape[1] * number / len(chosen))] = (86, 180, 233)
         picture = Image.fromarray(np.concatenate([tiles, bar]).repeat(scale, 0).repeat(scale, 1))
-        # Few colours keep the file small: noise cannot be compressed, only coarsened.
-        colours = 16 if x_t.shape[1] == 1 else 64
+        # Few images, stages and colours keep the file small: noise cannot be compressed.
+        colours = 8 if shown.shape[1] == 1 else 64
         pictures.append(picture.quantize(colours, dither=Image.Dither.NONE))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    times = [milliseconds] * (len(pictures) - 1) + [2000]
-    try:
-        pictures[0].save(
-            partial, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0
-        )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    options = {"save_all": True, "append_images": pictures[1:], "loop": 0}
+    options["duration"] = [milliseconds] * (len(pictures) - 1) + [2000]
+    with _atomically(path) as partial:
+        pictures[0].save(partial, "GIF", **options)
+    return Path(path)
 
 
 @matplotlib.rc_context(STYLE)
