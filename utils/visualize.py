@@ -46,13 +46,13 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
 
 # %% 1. Digits without a download
 
-# Fonts that ship with matplotlib and hold the ten digits.
+# Fonts that ship with every matplotlib since 3.8 and hold the ten digits.
 DIGIT_FONTS = [
     *(f"DejaVuSans{s}" for s in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSansMono{s}" for s in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSerif{s}" for s in ("", "-Bold", "-Italic", "-BoldItalic")),
     *(f"STIXGeneral{s}" for s in ("", "Bol", "Italic", "BolIta")),
-    *("cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"),
+    *("cmr10", "cmb10", "cmss10", "cmtt10"),
 ]
 
 
@@ -76,7 +76,7 @@ def _digit_templates(side=64, height=44):
 
 
 def draw_digits(n=20_000, seed=0):
-    """Draw a stand-in for MNIST: digits in 21 fonts, randomly turned, sheared, scaled and shifted.
+    """Draw a stand-in for MNIST: digits in 20 fonts, randomly turned, sheared, scaled and shifted.
 
     Returns images, uint8 (n, 28, 28), white (255) on black (0), and labels, int64 (n,), 0 ... 9:
     the shapes and ranges of torchvision's `MNIST.data` and `MNIST.targets`. The same seed gives the
