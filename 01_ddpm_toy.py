@@ -12,7 +12,8 @@ of `python` the trained model is there to play with afterwards: `ddpm.sample(n=1
 
 Measured with the settings below on MNIST, two cores of an AMD EPYC (Zen 3), PyTorch 2.14.1: 4 min
 52 s from start to last picture, 1.1 GB of memory; Fréchet distance 4.5 for 1,000 samples in the
-features of a digit classifier (0.6 for real test images), which reads 54 % with confidence.
+features of a digit classifier (0.6 for real test images), which reads 54 % with confidence. One
+run, SEED = 0; the samples drawn after torch.manual_seed(123).
 
 Left out, and brought by 02_ddpm.py: attention, a deeper network, the cosine schedule, averaged
 weights, restarting, mixed precision, several GPUs.
@@ -49,10 +50,10 @@ from tqdm import tqdm
 from utils.visualize import denoising_gif, denoising_strip, draw_digits, loss_curve, sample_grid
 
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", or "DRAWN": digits drawn offline
-T = 1000  # noise steps: fewer sample faster, and worse
-BASE_CH = 32  # channels of the network: 16 is quicker, 64 is better and slower
-EPOCHS = 2  # passes through the data: more is better, up to about 20
-BATCH_SIZE = 64  # images per training step: a GPU is faster with 256
+T = 1000  # noise steps, in training and in sampling: half as many sample twice as fast
+BASE_CH = 32  # width of the network: channels at half resolution; 16 is quicker, 64 slower
+EPOCHS = 2  # passes through the data
+BATCH_SIZE = 64  # images per training step
 LEARNING_RATE = 0.02  # at its highest; halve it if the loss jumps
 SEED = 0  # same seed on the same CPU: same digits
 ROOT = Path(__file__).resolve().parent
@@ -399,6 +400,6 @@ if __name__ == "__main__":
     note = f"{source}, {len(losses)} training steps, T = {T}, BASE_CH = {BASE_CH}, SEED = {SEED}"
     sample_grid(samples, out_dir / "samples.png", "New images out of noise", note)
     denoising_strip(frames, out_dir / "denoising.png", note=note)
-    denoising_gif(frames, out_dir / "denoising.gif")
+    denoising_gif(frames, out_dir / "denoising.gif", note=f"{source}, SEED = {SEED}")
     loss_curve(losses, out_dir / "loss.png", note=note)
     print(f"Saved samples.png, denoising.png, denoising.gif, loss.png, weights.pt in {out_dir}")

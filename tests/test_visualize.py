@@ -129,6 +129,19 @@ def test_animation_runs_from_first_to_last_frame(tmp_path):
         assert animation.info["duration"] == 2000
 
 
+def test_grey_images_stay_grey_in_the_animation(tmp_path):
+    """The few colours of the palette must not lend a tint to pixels between black and white."""
+    frames = [(3 - i, torch.rand(9, 1, 28, 28) * 2 - 1, None) for i in range(4)]
+    path = visualize.denoising_gif(frames, tmp_path / "steps.gif", note="what was run")
+    with Image.open(path) as animation:
+        for i in range(animation.n_frames):
+            animation.seek(i)
+            colours = np.asarray(animation.convert("RGB")).astype(int)
+            assert (np.ptp(colours, axis=2) <= 2).all()
+        caption = colours[-14:]
+        assert caption.max() > 150, "the note stands below the images"
+
+
 def test_a_failed_save_leaves_the_old_picture(tmp_path, monkeypatch):
     path = visualize.sample_grid(torch.zeros(4, 1, 8, 8), tmp_path / "grid.png")
     before = path.read_bytes()

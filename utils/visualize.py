@@ -234,20 +234,29 @@ def denoising_strip(frames, path, title="From noise to image", note="", count=3,
     return _save(fig, path)
 
 
-def denoising_gif(frames, path, count=9, scale=2, stages=26, milliseconds=100):
+def denoising_gif(frames, path, note="", count=9, scale=2, stages=26, milliseconds=100):
     """Save the way from noise to image as an animated GIF with a bar that shows how far it is.
 
     frames: as for `denoising_strip`. Shows the first `count` images at `stages` of the stages, each
-    pixel `scale` pixels wide; the finished images stand still for two seconds.
+    pixel `scale` pixels wide, with `note` below; the finished images stand still for two seconds.
     """
     chosen = np.linspace(0, len(frames) - 1, min(stages, len(frames))).round().astype(int)
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
     pictures = []
     for number, index in enumerate(chosen, start=1):
         shown = frames[index][1][:count]
         tiles = _tile(shown, columns=math.ceil(math.sqrt(len(shown))), background=30)
         bar = np.full((3, tiles.shape[1], 3), 30, dtype=np.uint8)
-        bar[1:, : round(tiles.shape[1] * number / len(chosen))] = (86, 180, 233)
-        picture = Image.fromarray(np.concatenate([tiles, bar]).repeat(scale, 0).repeat(scale, 1))
+        bar[1:, : round(tiles.shape[1] * number / len(chosen))] = (
+            160  # grey, or grey images would borrow its colour
+        )
+        picture = np.concatenate([tiles, bar]).repeat(scale, 0).repeat(scale, 1)
+        caption = np.full((14 if note else 0, picture.shape[1], 3), 30, dtype=np.uint8)
+        picture = Image.fromarray(np.concatenate([picture, caption]))
+        place = (3, picture.height - 13)
+        pen = ImageDraw.Draw(picture)
+        pen.fontmode = "1"  # no half-tones: the few colours belong to the images
+        pen.text(place, note, (200, 200, 200), font)
         # Few images, stages and colours keep the file small: noise cannot be compressed.
         colours = 8 if shown.shape[1] == 1 else 64
         pictures.append(picture.quantize(colours, dither=Image.Dither.NONE))
