@@ -247,9 +247,8 @@ def denoising_gif(frames, path, note="", count=9, scale=2, stages=26, millisecon
         shown = frames[index][1][:count]
         tiles = _tile(shown, columns=math.ceil(math.sqrt(len(shown))), background=30)
         bar = np.full((3, tiles.shape[1], 3), 30, dtype=np.uint8)
-        bar[1:, : round(tiles.shape[1] * number / len(chosen))] = (
-            160  # grey, or grey images would borrow its colour
-        )
+        # Grey, for with so few colours in the file a coloured bar would tint the images.
+        bar[1:, : round(tiles.shape[1] * number / len(chosen))] = 160
         picture = np.concatenate([tiles, bar]).repeat(scale, 0).repeat(scale, 1)
         caption = np.full((14 if note else 0, picture.shape[1], 3), 30, dtype=np.uint8)
         picture = Image.fromarray(np.concatenate([picture, caption]))
