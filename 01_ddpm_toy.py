@@ -13,7 +13,7 @@ of `python` the trained model is there to play with afterwards: `ddpm.sample(n=1
 Measured with these settings on MNIST, two cores of an AMD EPYC (Zen 3), PyTorch 2.14.1: 4 min 37 s
 to 4 min 52 s in three runs, start to last picture, with 1.1 GB of memory. Fréchet distance 4.5 for
 1,000 samples (drawn after torch.manual_seed(123)) in the features of a digit classifier, where real
-test images have 0.6; it reads 54 % of them with confidence.
+test images have 0.6; it reads 54 % of the samples with confidence.
 
 Left out, and brought by 02_ddpm.py: attention, a deeper network, the cosine schedule, averaged
 weights, restarting, mixed precision, several GPUs.
