@@ -358,11 +358,14 @@ def check_setting(name, value, kind, lowest, highest):
         sys.exit(f"{name} = {value!r} does not work: it must be {wanted}, {lowest} to {highest}.")
 
 
-def save_weights(weights, path):
-    """Save a state dict by way of a temporary file: an interruption leaves the old file whole."""
+def save_atomically(contents, path):
+    """Save by way of a temporary file: whatever interrupts it leaves the old file whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    torch.save(weights, partial)
-    os.replace(partial, path)
+    try:
+        torch.save(contents, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
@@ -393,7 +396,7 @@ if __name__ == "__main__":
         sys.exit("Training was interrupted before its first step: there is nothing to save.")
     first, last = losses[:50], losses[-50:]
     print(f"Loss {sum(first) / len(first):.4f} at first, {sum(last) / len(last):.4f} at last")
-    save_weights({k: v.cpu() for k, v in model.state_dict().items()}, out_dir / "weights.pt")
+    save_atomically({k: v.cpu() for k, v in model.state_dict().items()}, out_dir / "weights.pt")
 
     frames = []
     samples = ddpm.sample(n=36, frames=frames)

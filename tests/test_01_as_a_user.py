@@ -2,7 +2,6 @@
 
 import re
 import signal
-import subprocess
 import time
 
 import numpy as np
@@ -18,23 +17,11 @@ FILES = ["denoising.gif", "denoising.png", "loss.png", "samples.png", "weights.p
 SMALL = {"T": 20, "BASE_CH": 8, "EPOCHS": 1, "BATCH_SIZE": 100}
 
 
-def outputs(project):
+def check_outputs(project):
+    """Nothing missing, no temporary file left, and weights that are numbers."""
+    assert project.outputs(SCRIPT) == FILES
+    project.check_pictures(SCRIPT, others=["weights.pt"])
     folder = project.folder / "outputs" / "01_ddpm_toy"
-    return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-
-
-def check_pictures(project):
-    folder = project.folder / "outputs" / "01_ddpm_toy"
-    assert outputs(project) == FILES, "nothing missing, no temporary file left"
-    for name in FILES[:-1]:
-        with Image.open(folder / name) as picture:
-            pixels = np.asarray(picture.convert("L"))
-            assert min(pixels.shape) > 80 and pixels.std() > 5, f"{name} is empty"
-    with Image.open(folder / "denoising.gif") as animation:
-        assert animation.n_frames > 2
-        first = np.asarray(animation.convert("L")).astype(float)
-        animation.seek(animation.n_frames - 1)
-        assert np.abs(np.asarray(animation.convert("L")) - first).mean() > 5
     weights = torch.load(folder / "weights.pt", weights_only=True)
     assert all(torch.isfinite(w).all() for w in weights.values())
     return weights
@@ -61,7 +48,7 @@ def test_drawn_digits_from_start_to_pictures(project):
     assert "Sampling" in done.stderr and "100/100" in done.stderr
     first, last = losses(done.stdout)
     assert 0 < last < 0.5 * first
-    weights = check_pictures(project)
+    weights = check_outputs(project)
     # What was saved can be loaded and is what sampled.
     model = load(SCRIPT).SimpleUNet(1, 8, torch.ones(100))
     model.load_state_dict(weights)
@@ -73,7 +60,7 @@ def test_mnist_that_cannot_be_had_becomes_drawn_digits(project):
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if "DRAWN" in line)
     assert "MNIST" in line and "Connection refused" in line and str(project.folder) in line
-    check_pictures(project)
+    check_outputs(project)
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "FashionMNIST"])
@@ -83,7 +70,7 @@ def test_a_chosen_data_set_is_never_replaced(project, name):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert name in done.stderr and "DRAWN" in done.stderr and "data" in done.stderr
-    assert outputs(project) == []
+    assert project.outputs(SCRIPT) == []
 
 
 def test_cifar10(project):
@@ -92,16 +79,16 @@ def test_cifar10(project):
     done = project.run("md5_off.py", SCRIPT)
     assert done.returncode == 0, done.stderr
     assert "100 images of CIFAR10" in done.stdout
-    check_pictures(project)
+    check_outputs(project)
 
 
 def test_fashion_mnist(project):
     lay_small_mnist(project, "FashionMNIST")
     project.edit(SCRIPT, DATASET="FashionMNIST", **SMALL)
-    done = project.run(SCRIPT)
+    done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
     assert "600 images of FashionMNIST" in done.stdout
-    check_pictures(project)
+    check_outputs(project)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +107,9 @@ def test_fashion_mnist(project):
 def test_any_constant_can_be_changed(project, constants):
     lay_small_mnist(project, count=65)
     project.edit(SCRIPT, **{**SMALL, "T": 5, **constants})
-    done = project.run(SCRIPT)
+    done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
-    check_pictures(project)
+    check_outputs(project)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +134,11 @@ def test_any_constant_can_be_changed(project, constants):
 )
 def test_nonsense_ends_with_one_line_that_names_it(project, name, value):
     project.edit(SCRIPT, **{name: value})
-    done = project.run(SCRIPT)
+    done = project.run_here(SCRIPT)
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{name} = {value!r}"), done.stderr
-    assert not (project.folder / "data").exists() and outputs(project) == []
+    assert not (project.folder / "data").exists() and project.outputs(SCRIPT) == []
 
 
 def test_same_seed_same_pictures_other_seed_other_pictures(project):
@@ -159,7 +146,7 @@ def test_same_seed_same_pictures_other_seed_other_pictures(project):
     pixels = []
     for seed in (0, 0, 1):
         project.edit(SCRIPT, SEED=seed, **{**SMALL, "T": 5})
-        assert project.run(SCRIPT).returncode == 0
+        assert project.run_here(SCRIPT).returncode == 0
         path = project.folder / "outputs" / "01_ddpm_toy" / "samples.png"
         pixels.append(np.asarray(Image.open(path).convert("L"))[100:-100])
     assert np.array_equal(pixels[0], pixels[1])
@@ -188,16 +175,7 @@ def test_the_trained_model_is_there_to_play_with(project):
 def test_ctrl_c_keeps_what_was_learned(project):
     lay_small_mnist(project, count=600)
     project.edit(SCRIPT, **{**SMALL, "EPOCHS": 100_000})
-    command, environment = project.command(SCRIPT)
-    process = subprocess.Popen(
-        command,
-        cwd=project.folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
+    process = project.start(SCRIPT)
     seen = ""
     while "loss=" not in seen:  # the bar shows a loss: training is under way
         seen += process.stderr.read(1)
@@ -207,7 +185,7 @@ def test_ctrl_c_keeps_what_was_learned(project):
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     assert "ended early" in output
-    check_pictures(project)
+    check_outputs(project)
 
 
 def test_a_damaged_file_is_named(project):
@@ -219,4 +197,4 @@ def test_a_damaged_file_is_named(project):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and "FashionMNIST" in done.stderr
     assert len(file.read_bytes()) == 1000, "a person's file is left alone"
-    assert outputs(project) == []
+    assert project.outputs(SCRIPT) == []

@@ -9,6 +9,8 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 toy = load("01_ddpm_toy.py")
+full = load("02_ddpm.py")
+SCHEDULES = {"linear": toy.linear_beta_schedule, "cosine": full.cosine_beta_schedule}
 CPU = torch.device("cpu")
 
 
@@ -23,8 +25,8 @@ class Fixed(nn.Module):
         return self.function(x_t, t)
 
 
-def make(function, T=1000, image_shape=(1, 2, 2)):
-    return toy.DDPM(Fixed(function), toy.linear_beta_schedule(T), image_shape, CPU)
+def make(function, T=1000, image_shape=(1, 2, 2), schedule="linear"):
+    return toy.DDPM(Fixed(function), SCHEDULES[schedule](T), image_shape, CPU)
 
 
 def gaussian_oracle(alphas_cumprod, mean, covariance):
@@ -57,10 +59,23 @@ def test_linear_schedule_is_the_papers_and_that_of_diffusers():
     assert (ddpm.alphas_cumprod - theirs.alphas_cumprod).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("T", [10, 50, 1000, 4000])
+def test_cosine_schedule_is_the_papers_and_that_of_diffusers(T):
+    betas = full.cosine_beta_schedule(T)
+    theirs = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2")
+    assert (betas.float() - theirs.betas).abs().max() < 1e-6
+    # Eq. 17 itself; the clip at 0.999 only touches the last step.
+    for t in range(1, T):  # the paper's t, 1 ... T
+        f, f_0 = (math.cos((x / T + 0.008) / 1.008 * math.pi / 2) ** 2 for x in (t, 0))
+        assert torch.cumprod(1 - betas, 0)[t - 1].item() == pytest.approx(f / f_0, rel=1e-9)
+    assert betas[-1] == 0.999
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("T", [2, 5, 10, 20, 50, 100, 400, 1000, 4000])
-def test_every_chain_length_ends_in_noise(T):
+def test_every_chain_length_ends_in_noise(T, schedule):
     """√ᾱ_T is 0.006 in the paper. An unscaled schedule would leave 0.78 at T = 50."""
-    ddpm = make(None, T)
+    ddpm = make(None, T, schedule=schedule)
     assert ddpm.alphas_cumprod.shape == (T,)
     assert (ddpm.alphas_cumprod.diff() < 0).all()
     assert ddpm.alphas_cumprod[-1].sqrt() < 0.05
@@ -170,15 +185,17 @@ def test_posterior_from_bayes_rule(t):
     assert ddpm.posterior_std[t].item() == pytest.approx(std, rel=1e-4)
 
 
-@pytest.mark.parametrize("t", [0, 1, 10, 500, 999])
-def test_reverse_step_equals_that_of_diffusers(t):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("t", [0, 1, 10, 500, 998, 999])
+def test_reverse_step_equals_that_of_diffusers(t, schedule):
     x_t = torch.randn(4, 1, 2, 2)
     noise_pred = torch.randn(4, 1, 2, 2)
-    theirs = DDPMScheduler(1000, variance_type="fixed_small", clip_sample=True)
+    name = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule]
+    theirs = DDPMScheduler(1000, beta_schedule=name, variance_type="fixed_small", clip_sample=True)
     torch.manual_seed(1)
     expected = theirs.step(noise_pred, t, x_t)
     torch.manual_seed(1)
-    x_prev, x_0_pred = make(lambda x, t: noise_pred).p_sample(x_t, t)
+    x_prev, x_0_pred = make(lambda x, t: noise_pred, schedule=schedule).p_sample(x_t, t)
     # diffusers computes its tables in float32, where 1 − ᾱ loses digits at small t.
     tolerance = 2e-4 if t < 10 else 2e-5
     assert (x_prev - expected.prev_sample).abs().max() < tolerance
@@ -224,14 +241,15 @@ def test_clamp_is_used_for_the_next_image():
 # %% The whole sampler
 
 
-def test_oracle_sampling_reproduces_a_gaussian():
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_oracle_sampling_reproduces_a_gaussian(schedule):
     """With the exact noise prediction, sampling gives back the data's mean and covariance."""
     mean = torch.tensor([0.3, -0.2, 0.0, 0.1], dtype=torch.float64)
     root = 0.2 * torch.tensor(
         [[1, 0, 0, 0], [0.8, 0.5, 0, 0], [0, 0.3, 0.7, 0], [-0.5, 0, 0.2, 0.4]], dtype=torch.float64
     )
     covariance = root @ root.T
-    ddpm = make(None)
+    ddpm = make(None, schedule=schedule)
     ddpm.model = Fixed(gaussian_oracle(ddpm.alphas_cumprod, mean, covariance))
     samples = ddpm.sample(n=40_000).flatten(1).double()
     # Standard error of the mean is 0.001, of the covariances below 0.0004; T = 1000 adds a bias of

@@ -38,6 +38,7 @@ __all__ = [
     "loss_curve",
     "sample_grid",
     "schedule_comparison",
+    "timestep_losses",
 ]
 
 # From Okabe and Ito's palette, made for colour-blind readers.
@@ -279,6 +280,28 @@ def loss_curve(losses, path, title="Training loss", note=""):
     ax.plot(centres, mean, color=BLUE, label=f"mean of {window} steps")
     ax.set(xlabel="training step", ylabel="loss", yscale="log")
     ax.legend()
+    return _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def timestep_losses(curves, path, title="Loss per timestep", note=""):
+    """Save how the loss depends on t, on a linear axis (left) and on a logarithmic one (right).
+
+    curves: {label: (timesteps, losses)}, up to four, the earliest state of the network first.
+    Dashed: the mean of each curve, which is all that a training loss shows.
+    """
+    fig = _figure(9.5, 4.2, title, note)
+    left, right = fig.subplots(1, 2)
+    looks = ((BLUE, "-"), (ORANGE, "-"), (GREY, "-"), ("black", ":"))  # the last curve is blue
+    for (label, (timesteps, losses)), (colour, line) in zip(reversed(curves.items()), looks):
+        mean = sum(losses) / len(losses)
+        left.plot(timesteps, losses, line, color=colour, label=f"{label}, mean {mean:.4f}")
+        left.axhline(mean, color=colour, linestyle="--", linewidth=1)
+        right.plot(timesteps, losses, line, color=colour, label=label)
+    left.set(title="as the mean sees it", xlabel="t", ylabel="squared error of the noise")
+    right.set(title="as the samples see it", xlabel="t", yscale="log")
+    left.legend()
+    right.legend()
     return _save(fig, path)
 
 
