@@ -65,16 +65,18 @@ OUT_DIR = ROOT / "outputs" / "01_ddpm_toy"  # where pictures and weights are sav
 
 
 def load_images(name, folder):
-    """Return the training images, uint8 (N, C, H, W), and the name of their data set.
+    """Return the training images, uint8 (N, C, H, W), labels, int64 (N,), and the data set's name.
 
-    If MNIST is neither in `folder` nor to be downloaded, drawn digits take its place and a line
-    says why. Any other data set that cannot be had ends the program.
+    The labels, 0 ... 9, have no part before 03. If MNIST is neither in `folder` nor to be
+    downloaded, drawn digits take its place and a line says why. Any other data set that cannot be
+    had ends the program.
     """
     if name == "DRAWN":
-        return draw_digits()[0][:, None], name
+        images, labels = draw_digits()
+        return images[:, None], labels, name
     socket.setdefaulttimeout(20)  # seconds: a dead connection is an error, not an endless wait
     try:
-        data = getattr(torchvision.datasets, name)(folder, train=True, download=True).data
+        data = getattr(torchvision.datasets, name)(folder, train=True, download=True)
     except Exception as error:  # no network, a full disk, a damaged file: all end the same way
         reason = f"{name} could be neither read from {folder} nor downloaded ({error})"
         reason = " ".join(reason.split())  # onto one line
@@ -82,8 +84,9 @@ def load_images(name, folder):
             sys.exit(f"{reason}. Put its files there, or set DATASET = 'DRAWN': it needs none.")
         print(f"{reason}; going on with DRAWN digits.")
         return load_images("DRAWN", folder)
-    data = torch.as_tensor(data)  # grey (N, H, W) or colour (N, H, W, 3)
-    return (data[:, None] if data.ndim == 3 else data.permute(0, 3, 1, 2)), name
+    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+    grey = images.ndim == 3  # (N, H, W); colour is (N, H, W, 3)
+    return (images[:, None] if grey else images.permute(0, 3, 1, 2)), labels, name
 
 
 # %% 3. Noise schedule and forward process
@@ -240,9 +243,10 @@ class DDPM:
         alpha_bar_t = self.alphas_cumprod[t]
         # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t
         x_0_pred = (x_t - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()
-        # 1/√ᾱ_t, 157 at the start, magnifies what is wrong with the guess. No image has values
-        # beyond [-1, 1], so neither may x̂_0. (Unclamped, all this is Algorithm 2, line 4, with
-        # σ_t² = β̃_t, one of the two choices of section 3.2.)
+        # 1/√ᾱ_t magnifies what is wrong with the guess: at the start 157 times with the linear
+        # schedule, 20,000 times with the cosine one. No image has values beyond [-1, 1], so neither
+        # may x̂_0. (Unclamped, all this is Algorithm 2, line 4, with σ_t² = β̃_t, one of the two
+        # choices of section 3.2.)
         x_0_pred = x_0_pred.clamp(-1, 1)
         # From strong noise x̂_0 is but a blur, so we go only one step towards it (DDPM Eq. 7), and
         # add fresh noise to have as much as the network expects in an image of step t − 1.
@@ -275,10 +279,10 @@ class DDPM:
 class Muon(torch.optim.Optimizer):
     """SGD with momentum, its updates with singular values near 1: no direction is neglected.
 
-    After 25,000 images the squared error of x̂_0 at t = 300 is 0.055 with it and 0.067 with Adam
-    (learning rate 0.004). weights: parameters of two or more dimensions; lr: about 0.02. Jordan et
-    al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes no convolutions, and
-    computes in bfloat16, which is slow on many CPUs.)
+    In 01, after 25,000 images, the squared error of x̂_0 at t = 300 is 0.055 with it and 0.067 with
+    Adam (learning rate 0.004). weights: parameters of two or more dimensions; lr: about 0.02.
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes no convolutions,
+    and computes in bfloat16, which is slow on many CPUs.)
     """
 
     def __init__(self, weights, lr):
@@ -288,8 +292,10 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for weight in group["params"]:
-                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
-                average.lerp_(weight.grad, 0.05)
+                state = self.state[weight]
+                if not state:
+                    state["average"] = torch.zeros_like(weight)
+                average = state["average"].lerp_(weight.grad, 0.05)
                 u = weight.grad.lerp(average, 0.95).flatten(1)  # (out, in · kernel)
                 u = u / (u.norm() + 1e-7)  # all singular values σ are at most 1; now lift them to
                 for _ in range(5):  # about 1 (Newton-Schulz): σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
@@ -382,7 +388,7 @@ if __name__ == "__main__":
     device = pick_device()
     out_dir = Path(OUT_DIR)
     out_dir.mkdir(parents=True, exist_ok=True)
-    images, source = load_images(DATASET, DATA_DIR)
+    images, _, source = load_images(DATASET, DATA_DIR)
     images = images.to(device)
     betas = linear_beta_schedule(T)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()

@@ -41,7 +41,8 @@ import random
 import signal
 import socket
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -60,20 +61,22 @@ from utils.visualize import (
     timestep_losses,
 )
 
-ON_GPU = torch.cuda.is_available()
+# A checkpoint goes on only with the settings that it was made with. To train with others, delete
+# outputs/02_ddpm/checkpoint.pt or set another OUT_DIR.
+ON_GPU = torch.cuda.is_available()  # no setting: an NVIDIA GPU gets the larger values below
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", or "DRAWN": digits drawn offline
 T = 1000  # noise steps, in training and in sampling: half as many sample twice as fast
 SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear" (DDPM)
 BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; the papers have 128 for CIFAR-10
-CHANNEL_MULT = (1, 2, 4)  # width of each level in BASE_CH; from level to level the image halves
+CHANNEL_MULT = (1, 2, 4)  # channels of each level in multiples of BASE_CH; 28 → 14 → 7 pixels
 NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
-ATTENTION_AT = (14, 16)  # image sides at which each block gets self-attention
+ATTENTION_AT = (14, 16)  # image sides with self-attention; the middle, at 7 or 8, always has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # against learning photographs by heart
-FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits, a mirrored 3 is none
-EPOCHS = 30 if ON_GPU else 6  # passes through the data; CIFAR10 wants hundreds
+FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirrored 3 is no digit
+EPOCHS = 30 if ON_GPU else 6  # passes through the data; CIFAR10 needs hundreds
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
-LEARNING_RATE = 0.02  # at its highest; halve it if the loss jumps
-EMA_DECAY = 0.9999  # how slowly the averaged weights, which sample, follow the trained ones
+LEARNING_RATE = 0.02  # at its highest, for Muon (AdamW gets a fifth); halve it if the loss jumps
+EMA_DECAY = 0.9999  # memory of the averaged weights; felt only in runs of over 90,000 steps
 PREVIEW_EVERY = 2  # epochs from one sample grid to the next
 COMPILE = False  # True: torch.compile, a minute or more of waiting and then faster steps
 SEED = 0  # same seed on the same CPU: same digits
@@ -86,16 +89,18 @@ OUT_DIR = ROOT / "outputs" / "02_ddpm"  # where pictures and the checkpoint are 
 
 
 def load_images(name, folder):
-    """Return the training images, uint8 (N, C, H, W), and the name of their data set.
+    """Return the training images, uint8 (N, C, H, W), labels, int64 (N,), and the data set's name.
 
-    If MNIST is neither in `folder` nor to be downloaded, drawn digits take its place and a line
-    says why. Any other data set that cannot be had ends the program.
+    The labels, 0 ... 9, have no part before 03. If MNIST is neither in `folder` nor to be
+    downloaded, drawn digits take its place and a line says why. Any other data set that cannot be
+    had ends the program.
     """
     if name == "DRAWN":
-        return draw_digits()[0][:, None], name
+        images, labels = draw_digits()
+        return images[:, None], labels, name
     socket.setdefaulttimeout(20)  # seconds: a dead connection is an error, not an endless wait
     try:
-        data = getattr(torchvision.datasets, name)(folder, train=True, download=True).data
+        data = getattr(torchvision.datasets, name)(folder, train=True, download=True)
     except Exception as error:  # no network, a full disk, a damaged file: all end the same way
         reason = f"{name} could be neither read from {folder} nor downloaded ({error})"
         reason = " ".join(reason.split())  # onto one line
@@ -103,8 +108,9 @@ def load_images(name, folder):
             sys.exit(f"{reason}. Put its files there, or set DATASET = 'DRAWN': it needs none.")
         print(f"{reason}; going on with DRAWN digits.")
         return load_images("DRAWN", folder)
-    data = torch.as_tensor(data)  # grey (N, H, W) or colour (N, H, W, 3)
-    return (data[:, None] if data.ndim == 3 else data.permute(0, 3, 1, 2)), name
+    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+    grey = images.ndim == 3  # (N, H, W); colour is (N, H, W, 3)
+    return (images[:, None] if grey else images.permute(0, 3, 1, 2)), labels, name
 
 
 # %% 3. Noise schedule and forward process
@@ -122,13 +128,14 @@ def linear_beta_schedule(T):
 def cosine_beta_schedule(T):
     """Return β of T steps, float64 (T,): Improved DDPM, section 3.2, with s = 0.008.
 
-    The linear schedule drowns an image too soon: the last fifth of its steps is all but pure noise
+    The linear schedule drowns an image too soon: the last fifth of its steps is almost pure noise
     and teaches little. Here ᾱ falls along a cosine, evenly in the middle and gently at both ends.
     """
-    # Improved DDPM Eq. 17:  ᾱ_t = f(t) / f(0),  f(t) = cos²( (t/T + s) / (1 + s) · π/2 ),
-    # and β_t = 1 − ᾱ_t / ᾱ_{t−1}, at most 0.999, as ᾱ_T would be exactly 0.
-    t = torch.arange(T + 1, dtype=torch.float64)
-    f = torch.cos((t / T + 0.008) / (1 + 0.008) * math.pi / 2) ** 2
+    s = 0.008  # without this offset the first steps would add almost no noise
+    # Improved DDPM Eq. 17:  ᾱ_t = f(t) / f(0),  f(t) = cos²( (t/T + s) / (1 + s) · π/2 )
+    t = torch.arange(T + 1, dtype=torch.float64)  # here as in the paper: 0 is the clean image
+    f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
+    # β_t = 1 − ᾱ_t / ᾱ_{t−1}, cut off at 0.999: else ᾱ_T would be 0, and x̂_0 a division by it.
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
@@ -171,15 +178,17 @@ def zero_init(layer):
 
 
 class Attention(nn.Module):
-    """Let each place of x (B, ch, H, W) gather from all others what concerns it.
+    """Let each place of x (B, ch, H, W) gather from all other places what concerns it.
 
-    A convolution sees 3 × 3 places; attention makes the two ends of a stroke meet. Its cost grows
-    with the square of the number of places, hence only at coarse levels. A head has 64 channels.
+    Each place holds a value, offers a key and asks a query; it receives the mean of all values,
+    weighted by how well their keys match its query. Several heads do so side by side, each with its
+    share of the channels. A convolution sees 3 × 3 places, attention sees the whole image at once;
+    but its cost grows with the square of their number, hence only at coarse levels.
     """
 
     def __init__(self, ch):
         super().__init__()
-        self.heads = math.gcd(ch, max(1, ch // 64))
+        self.heads = math.gcd(ch, max(1, ch // 64))  # about 64 channels each; they must divide ch
         self.norm, self.qkv = group_norm(ch), nn.Conv2d(ch, 3 * ch, 1)
         self.out = zero_init(nn.Conv2d(ch, ch, 1))
 
@@ -187,7 +196,7 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
         query, key, value = qkv.transpose(-1, -2).unbind(1)  #        (B, heads, H·W, C/heads) each
-        # softmax(query · keyᵀ / √(C/heads)) · value, without ever storing the H·W × H·W matrix
+        # softmax(query · keyᵀ / √(C/heads)) · value, mostly without storing that (H·W)² matrix
         h = F.scaled_dot_product_attention(query, key, value)
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
 
@@ -216,11 +225,11 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Guess the noise in x_t (B, C, side, side) at step t (B,): DDPM, appendix B.
+    """Guess the noise in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
 
-    From level to level the side halves, so it must divide by 2 as often as ch_mult has steps.
-    attention_at: sides at which the blocks have attention. alphas_cumprod: ᾱ, float (T,).
-    precision: the dtype of convolutions and matrix products; float32 is the safe one.
+    From level to level the side halves: it must be divisible by 2 once per entry of ch_mult after
+    the first. attention_at: sides at which the blocks have attention. alphas_cumprod: ᾱ, float
+    (T,). precision: the dtype of convolutions and matrix products; float32 is the safe one.
     """
 
     def __init__(
@@ -239,26 +248,26 @@ class UNet(nn.Module):
         assert side % 2 ** (len(ch_mult) - 1) == 0, f"{side} pixels cannot be halved so often"
         self.precision, time_dim = precision, 4 * base_ch
         self.time = nn.Sequential(
-            nn.Linear(2 * base_ch, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU()
+            nn.Linear(2 * base_ch, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
         )
         self.conv_in = nn.Conv2d(channels, base_ch, 3, padding=1)
         widths = [base_ch * mult for mult in ch_mult]
         has_attention = [side // 2**level in attention_at for level in range(len(widths))]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        ch, skips = base_ch, [base_ch]  # channels now, and of each output that is handed across
+        ch, skip_channels = base_ch, [base_ch]  # now, and of each output that is handed across
         for level, width in enumerate(widths):
             if level > 0:
                 self.down.append(nn.Conv2d(ch, ch, 3, stride=2, padding=1))
-                skips.append(ch)
+                skip_channels.append(ch)
             for _ in range(num_blocks):
                 self.down.append(ResBlock(ch, width, time_dim, dropout, has_attention[level]))
                 ch = width
-                skips.append(ch)
+                skip_channels.append(ch)
         self.middle_1 = ResBlock(ch, ch, time_dim, dropout, attention=True)
         self.middle_2 = ResBlock(ch, ch, time_dim, dropout)
         for level, width in reversed(list(enumerate(widths))):
-            for _ in range(num_blocks + 1):
-                in_ch = ch + skips.pop()
+            for _ in range(num_blocks + 1):  # + 1 for what conv_in or the halving handed across
+                in_ch = ch + skip_channels.pop()
                 self.up.append(ResBlock(in_ch, width, time_dim, dropout, has_attention[level]))
                 ch = width
             if level > 0:
@@ -272,21 +281,23 @@ class UNet(nn.Module):
         # Mixed precision: in here products are computed with 16 bits where the hardware is fast at
         # it; weights, sums over many values and everything outside stay float32.
         mixed = self.precision != torch.float32
-        with torch.autocast(x_t.device.type, self.precision, enabled=mixed):
-            time = self.time(timestep_embedding(t, self.time[0].in_features))  # (B, time_dim)
+        with torch.autocast(x_t.device.type, self.precision) if mixed else nullcontext():
+            time = self.time(timestep_embedding(t, self.time[0].in_features))
+            time = F.silu(time)  #                                       (B, time_dim)
             h = self.conv_in(x_t)  #                                     (B, base_ch, side, side)
             skips = [h]
             for layer in self.down:
                 h = layer(h, time) if isinstance(layer, ResBlock) else layer(h)
                 skips.append(h)
-            h = self.middle_2(self.middle_1(h, time), time)  #           (B, 4·base_ch, side/4, …)
+            h = self.middle_2(self.middle_1(h, time), time)  #    for CHANNEL_MULT = (1, 2, 4):
+            #    (B, 4·base_ch, side/4, side/4)
             for layer in self.up:
                 if isinstance(layer, ResBlock):
                     h = layer(torch.cat([h, skips.pop()], dim=1), time)
                 else:
                     h = layer(h)
             h = self.conv_out(F.silu(self.norm_out(h)))  #               (B, channels, side, side)
-        # As in 01: x_t is given to the output, and h only learns what is special about images.
+        # As in 01: with h = 0 this is right for pixels from N(0, 1); h learns how images differ.
         alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         return (1 - alpha_bar_t).sqrt() * x_t + alpha_bar_t.sqrt() * h.float()
 
@@ -335,9 +346,10 @@ class DDPM:
         alpha_bar_t = self.alphas_cumprod[t]
         # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t
         x_0_pred = (x_t - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()
-        # 1/√ᾱ_t, 157 at the start, magnifies what is wrong with the guess. No image has values
-        # beyond [-1, 1], so neither may x̂_0. (Unclamped, all this is Algorithm 2, line 4, with
-        # σ_t² = β̃_t, one of the two choices of section 3.2.)
+        # 1/√ᾱ_t magnifies what is wrong with the guess: at the start 157 times with the linear
+        # schedule, 20,000 times with the cosine one. No image has values beyond [-1, 1], so neither
+        # may x̂_0. (Unclamped, all this is Algorithm 2, line 4, with σ_t² = β̃_t, one of the two
+        # choices of section 3.2.)
         x_0_pred = x_0_pred.clamp(-1, 1)
         # From strong noise x̂_0 is but a blur, so we go only one step towards it (DDPM Eq. 7), and
         # add fresh noise to have as much as the network expects in an image of step t − 1.
@@ -366,22 +378,24 @@ class DDPM:
 
 # Why does the loss stop falling while the samples still improve?
 #
-# Within one epoch the training loss falls to within a few per cent of where it ends; after that it
-# is a flat, noisy line, and yet the digits go from scribbles to handwriting. The reason is that the
-# loss is a mean over all t, and its parts have little in common:
+# In the first epoch the loss falls to a tenth, and then it is a flat, noisy line; yet the digits go
+# on turning from scribbles into handwriting. `loss_per_timestep.png` shows why. In the default run
+# on MNIST the mean over all t (without the weight of `DDPM.loss`) was TODO after the first epoch
+# and TODO at the end: TODO % less, which is about what one batch differs from the next.
 #
-# - At small t the image is nearly clean and the noise faint. No network can tell faint noise from
-#   the grain of the paper, so most of the error there is the data's own and cannot be learned away.
-#   It is by far the largest part of the mean and it hides the rest.
-# - At large t the image is nearly pure noise, and a network that answers with its input is already
-#   almost right about the noise. All that is left is a tiny error, but this tiny error is what
-#   decides which strokes stand where: x̂_0 is that error magnified by √(1−ᾱ_t)/√ᾱ_t.
+# - At small t the image is nearly clean and the noise faint. Nobody can tell faint noise from the
+#   finest detail of an image, so most of that error cannot be learned away: TODO % less at t = 100.
+#   But this error is large. The first fifth of the steps makes up half of the mean, and hides the
+#   rest.
+# - In the middle, t = 500 to 800, it is decided which digit it will be and where its strokes run.
+#   The error there is small, and TODO % of it have gone. That counts twice: the error of x̂_0 is
+#   this one times √(1−ᾱ_t)/√ᾱ_t, and what goes wrong here, no later step can mend.
+# - Near t = T the image is nothing but noise. What can be known there is learned at once.
 #
-# So an improvement of a third at large t, which the eye sees at once, moves the mean by less than
-# the scatter between two batches. `loss_per_timestep.png` shows it: on a linear axis the lines of
-# an early and of the finished network lie on each other, on a logarithmic one they part. The same
-# holds for every comparison of two diffusion models by their loss: look at the loss per timestep,
-# or better at the samples, never at the mean alone.
+# And everywhere most of what remains is not the network's fault: even the best possible one does
+# not know the noise, only its mean given x_t. Samples suffer from the network's distance to that
+# best one alone, and a loss that falls by a few per cent may have lost most of it. So compare two
+# diffusion models by their samples, or by the loss at each t, but never by the mean alone.
 
 
 @torch.no_grad()
@@ -391,7 +405,7 @@ def loss_per_timestep(ddpm, x_0, count=50):
     x_0 (B, C, H, W) in [-1, 1]. The noise is the same at every call: two networks can be compared.
     """
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
-    timesteps = torch.linspace(0, ddpm.T - 1, min(count, ddpm.T)).round().long().tolist()
+    timesteps = torch.linspace(0, ddpm.T - 2, min(count, ddpm.T - 1)).round().long().tolist()
     errors = []
     for timestep in timesteps:
         t = torch.full((len(x_0),), timestep, device=x_0.device)
@@ -406,8 +420,8 @@ def loss_per_timestep(ddpm, x_0, count=50):
 def best_precision(device):
     """Return the fastest dtype here that trains well: bfloat16, float16 or float32.
 
-    bfloat16 has float32's range with fewer digits. float16, for GPUs before 2020, has a smaller
-    range, and small gradients would become zero without the GradScaler of `Trainer`.
+    bfloat16 has float32's range with fewer digits. float16, for older GPUs, has a smaller range:
+    small gradients would become zero without the GradScaler in `Trainer`.
     """
     if device.type != "cuda":
         return torch.float32
@@ -416,25 +430,11 @@ def best_precision(device):
 
 
 def derive_seed(*parts):
-    """Return a seed made of its parts, such as (SEED, "step", 7); other parts, unrelated seed."""
+    """Return a seed made of its parts, such as (SEED, "step", 7): the same in every run.
+
+    Different parts give unrelated seeds, which SEED + 7 would not: it is also the 6 of SEED + 1.
+    """
     return random.Random(repr(parts)).getrandbits(63)
-
-
-@contextmanager
-def postponed_interrupt():
-    """Give a list that a first Ctrl-C makes non-empty, so that the step under way is finished."""
-    pressed = []
-
-    def note_it(*_):
-        if pressed:
-            sys.exit("Stopped at once. The checkpoint of the last epoch is whole.")
-        pressed.append(True)
-
-    before = signal.signal(signal.SIGINT, note_it)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def to_batch(images, flip=False):
@@ -449,10 +449,10 @@ def to_batch(images, flip=False):
 class Muon(torch.optim.Optimizer):
     """SGD with momentum, its updates with singular values near 1: no direction is neglected.
 
-    After 25,000 images the squared error of x̂_0 at t = 300 is 0.055 with it and 0.067 with Adam
-    (learning rate 0.004). weights: parameters of two or more dimensions; lr: about 0.02. Jordan et
-    al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes no convolutions, and
-    computes in bfloat16, which is slow on many CPUs.)
+    In 01, after 25,000 images, the squared error of x̂_0 at t = 300 is 0.055 with it and 0.067 with
+    Adam (learning rate 0.004). weights: parameters of two or more dimensions; lr: about 0.02.
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes no convolutions,
+    and computes in bfloat16, which is slow on many CPUs.)
     """
 
     def __init__(self, weights, lr):
@@ -462,8 +462,10 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for weight in group["params"]:
-                average = self.state[weight].setdefault("average", torch.zeros_like(weight))
-                average.lerp_(weight.grad, 0.05)
+                state = self.state[weight]
+                if not state:
+                    state["average"] = torch.zeros_like(weight)
+                average = state["average"].lerp_(weight.grad, 0.05)
                 u = weight.grad.lerp(average, 0.95).flatten(1)  # (out, in · kernel)
                 u = u / (u.norm() + 1e-7)  # all singular values σ are at most 1; now lift them to
                 for _ in range(5):  # about 1 (Newton-Schulz): σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
@@ -486,6 +488,8 @@ def save_atomically(contents, path):
 class Trainer:
     """A training that can stop after any step and go on later as if it had never stopped.
 
+    On a CPU that holds to the last bit; a GPU may add numbers in another order every time.
+
     model: a network on its device, with weights in float32. loss: a function from the indices of a
     batch (B,) to its loss. count: how many images the indices choose from. settings: the constants
     at the head, by name; a checkpoint must agree with them. rank, world: the number of this
@@ -493,7 +497,7 @@ class Trainer:
     """
 
     PARTS = "model", "averaged", "muon", "adamw", "scaler"  # have a state_dict each
-    VALUES = "step", "losses", "notes"
+    VALUES = "step", "losses", "extras"
 
     def __init__(self, model, loss, count, settings, rank=0, world=1):
         self.model, self.loss, self.count, self.settings = model, loss, count, settings
@@ -501,32 +505,35 @@ class Trainer:
         if settings["BATCH_SIZE"] > count:
             sys.exit(f"BATCH_SIZE = {settings['BATCH_SIZE']} is more than the {count:,} images.")
         self.steps_per_epoch = count // settings["BATCH_SIZE"]  # the rest waits for another epoch
-        self.steps = settings["EPOCHS"] * self.steps_per_epoch
-        self.step, self.losses, self.notes = 0, [], {}  # notes: what else a checkpoint should keep
+        self.total_steps = settings["EPOCHS"] * self.steps_per_epoch
+        self.step, self.losses, self.stop_requested = 0, [], False
+        self.extras = {}  # whatever else the checkpoint should keep
         # The averaged weights are those that sample. They never see dropout: eval() is for good.
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
-        # Muon for the matrices inside the network; its authors leave the first layer, the last, and
-        # all vectors and embeddings to AdamW.
-        ends, named = ("conv_in", "conv_out", "embedding"), list(model.named_parameters())
-        inner = [w for name, w in named if w.ndim > 1 and not any(end in name for end in ends)]
-        outer = [w for _, w in named if not any(w is i for i in inner)]
-        self.muon, self.adamw = (
-            Muon(inner, lr=0),
-            torch.optim.AdamW(outer, betas=(0.9, 0.99), fused=True),
-        )
+        # Muon for the matrices inside the network; its authors leave the first layer, the last, all
+        # vectors and embeddings (03 has one) to AdamW.
+        inner, outer = [], []
+        for name, weight in model.named_parameters():
+            at_the_ends = any(part in name for part in ("conv_in", "conv_out", "embedding"))
+            (outer if at_the_ends or weight.ndim == 1 else inner).append(weight)
+        self.muon = Muon(inner, lr=0)  # train_step sets both learning rates
+        # betas: a shorter memory than by default, for short trainings. fused: all weights at once.
+        # No weight decay: these are mostly biases and gains, which have no reason to shrink.
+        options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
+        self.adamw = torch.optim.AdamW(outer, lr=0, **options)
         float16 = getattr(model, "precision", None) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=float16)
 
     def learning_rate(self):
         """Rise over the first 5 % of the steps, then fall to zero along a cosine."""
-        rise = (self.step + 1) / (0.05 * self.steps)
-        fall = 0.5 + 0.5 * math.cos(math.pi * self.step / self.steps)
+        rise = (self.step + 1) / (0.05 * self.total_steps)
+        fall = 0.5 + 0.5 * math.cos(math.pi * self.step / self.total_steps)
         return self.settings["LEARNING_RATE"] * min(rise, fall)
 
     def train_step(self, index):
         """Learn from the images at index (B,); return their loss, a tensor on the device."""
-        # The random numbers of a step (t, noise, dropout) come from its own seed and from nothing
-        # before it: the number of the step is all the random state that a restart needs.
+        # The random numbers of a step (t, noise, dropout, mirroring) come from a seed of its own,
+        # not from what went before: its number is all the random state that a restart needs.
         torch.manual_seed(derive_seed(self.settings["SEED"], "step", self.step, self.rank))
         self.muon.param_groups[0]["lr"] = self.learning_rate()
         self.adamw.param_groups[0]["lr"] = self.learning_rate() / 5
@@ -535,22 +542,26 @@ class Trainer:
         self.scaler.scale(loss).backward()  # the scaler does nothing unless it is float16
         for optimizer in self.muon, self.adamw:
             self.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # no batch may change it too much
-        for optimizer in self.muon, self.adamw:
-            self.scaler.step(optimizer)
+        # Both optimizers scale their updates; clipping keeps one freak batch out of their memories.
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        # float16: gradients that became infinite spoil the norm, and with it all others, so the
+        # step is left out, and the scaler scales less from now on.
+        if not self.scaler.is_enabled() or norm.isfinite():
+            for optimizer in self.muon, self.adamw:
+                self.scaler.step(optimizer)
         self.scaler.update()
         self.step += 1
         # EMA, exponential moving average:  average ← decay · average + (1 − decay) · weights.
-        # With EMA_DECAY = 0.9999 it reaches back over about 10,000 steps. Early on that would be
-        # mostly the random weights of the start, so at first it reaches over a ninth of the steps.
+        # It reaches back over about 1 / (1 − decay) steps. In a short training 10,000 of them would
+        # be mostly the random weights of the start, so until EMA_DECAY it is a ninth of the steps.
         decay = min(self.settings["EMA_DECAY"], (1 + self.step) / (10 + self.step))
         with torch.no_grad():  # foreach: one call for all weights
             averages, weights = list(self.averaged.parameters()), list(self.model.parameters())
             torch._foreach_lerp_(averages, weights, 1 - decay)
         return loss.detach()
 
-    def train_epoch(self, interrupted=()):
-        """Train to the end of the epoch, or until `interrupted` is no longer empty."""
+    def train_epoch(self):
+        """Train to the end of the epoch, or until a stop is requested."""
         epoch, first = divmod(self.step, self.steps_per_epoch)
         batch_size, epochs = self.settings["BATCH_SIZE"], self.settings["EPOCHS"]
         seed = derive_seed(self.settings["SEED"], "order", epoch)
@@ -570,9 +581,10 @@ class Trainer:
             for index in batches[first:, self.rank :: self.world]:
                 losses.append(self.train_step(index))  # no .item(): a GPU would wait for it
                 bar.update(batch_size)
-                if len(losses) % 50 == 0 or interrupted or self.step % self.steps_per_epoch == 0:
+                last = self.stop_requested or self.step % self.steps_per_epoch == 0
+                if last or len(losses) % 50 == 0:  # last: a checkpoint follows, it must be sound
                     bar.set_postfix(loss=f"{self.checked_mean(losses[-50:]):.4f}")
-                if interrupted:
+                if last:
                     break
         losses = torch.stack(losses)
         if self.world > 1:  # so far each process knows only the loss of its share
@@ -585,29 +597,45 @@ class Trainer:
         weights = torch.stack([weight.detach().sum() for weight in self.model.parameters()])
         if not torch.isfinite(mean + weights.sum()):
             sys.exit(
-                f"The loss became NaN or infinite before step {self.step}. The usual cause is that "
-                f"LEARNING_RATE = {self.settings['LEARNING_RATE']} is too high: try a third of it. "
-                "Otherwise look for NaN in the images. Nothing was saved since the last good epoch."
+                f"The loss or a weight became NaN or infinite before step {self.step}. Usually "
+                f"LEARNING_RATE = {self.settings['LEARNING_RATE']} is too high: halve it and "
+                "start anew. The checkpoint of the last sound epoch was left as it is."
             )
         return mean.item()
 
-    def run(self, path):
-        """Train to the end or to Ctrl-C; after every epoch save a checkpoint and yield its number.
+    def request_stop(self, *_):
+        """Answer Ctrl-C: the first one lets the step under way finish, the second one does not.
 
-        What the caller does between two epochs takes no part in the training.
+        In the middle of a step some weights have changed and others have not.
         """
-        # Ctrl-C in the middle of a step would leave some weights changed and others not, so the
-        # step is finished first. With several processes it stops at once; the checkpoint of the
-        # last epoch is there.
-        with postponed_interrupt() if self.world == 1 else nullcontext([]) as interrupted:
-            while self.step < self.steps and not interrupted:
-                self.train_epoch(interrupted)
+        if self.stop_requested:
+            sys.exit("Stopped at once. The checkpoint of the last epoch is whole.")
+        self.stop_requested = True
+        print("\nStopping after this step; Ctrl-C again stops at once.")
+
+    def run(self, path):
+        """Train to the end or to Ctrl-C; after each epoch save a checkpoint and yield its number.
+
+        Whatever the caller does between two epochs has no influence on the training.
+        """
+        # Several processes would have to agree on the step to stop at; they stop at once, and go on
+        # from the last whole epoch.
+        before = signal.getsignal(signal.SIGINT)
+        if self.world == 1:
+            signal.signal(signal.SIGINT, self.request_stop)
+        try:
+            while self.step < self.total_steps and not self.stop_requested:
+                self.train_epoch()
                 if self.rank == 0:
                     self.save(path)
-                if not interrupted:
+                if not self.stop_requested:
                     yield self.step // self.steps_per_epoch
-        if self.step < self.steps:
-            sys.exit(f"Stopped at step {self.step:,} of {self.steps:,}. The same command goes on.")
+        finally:
+            signal.signal(signal.SIGINT, before)
+        if self.stop_requested or self.step < self.total_steps:
+            sys.exit(
+                f"Stopped at step {self.step} of {self.total_steps}. The same command goes on."
+            )
 
     def save(self, path):
         """Write all that the training has changed, and its settings, to path."""
@@ -622,27 +650,35 @@ class Trainer:
         """
         if not path.exists():
             return
-        way_out = f"To start anew, move or delete {path}, or set OUT_DIR to another folder."
+        start_anew = f"To start anew, move or delete {path}, or set OUT_DIR to another folder."
         try:  # weights_only: a file from somebody else cannot run code
             state = torch.load(path, map_location=self.device, weights_only=True)
-            theirs = dict(state["settings"])
+            saved = dict(state["settings"])
         except Exception as error:  # cut short, damaged, another program's: all end the same way
             reason = " ".join(str(error).split())[:100]
-            sys.exit(f"{path} is damaged or is no checkpoint of this script ({reason}). {way_out}")
+            sys.exit(
+                f"{path} is damaged or is no checkpoint of this script ({reason}). {start_anew}"
+            )
         different = [
-            f"{name} was {theirs.get(name)!r} and now is {value!r}"
+            f"{name} was {saved.get(name)!r} and now is {value!r}"
             for name, value in self.settings.items()
-            if theirs.get(name) != value
+            if saved.get(name) != value
         ]
         if different:
             sys.exit(
                 f"{path} comes from a training with other settings: {', '.join(different)}. To go "
-                f"on with it, set them back. {way_out}"
+                f"on with it, set them back. {start_anew}"
             )
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        for name in self.VALUES:
-            setattr(self, name, state[name])
+        try:
+            for name in self.PARTS:
+                if state[name]:  # empty: the scaler of a training without float16
+                    getattr(self, name).load_state_dict(state[name])
+            for name in self.VALUES:
+                setattr(self, name, state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:100]
+            sys.exit(f"{path} does not fit the network of this script ({reason}). {start_anew}")
+        print(f"Going on from step {self.step:,} of {self.total_steps:,}.")
 
 
 # %% 7. Run
@@ -656,29 +692,40 @@ def pick_device():
 
 
 def join_processes():
-    """Return this process's rank, its rank on this machine, and how many processes there are.
+    """Return the number of this process, its rank, and how many processes there are.
 
     torchrun starts one process per GPU and tells each of them who it is; without it there is one.
     """
     names = ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in names)
     if ON_GPU:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_rank)  # from here on "cuda" means this process's GPU
     if world > 1:
-        dist.init_process_group("nccl" if ON_GPU else "gloo")
+        backend = "nccl" if ON_GPU and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
+        # Two hours, as the others must wait while the first process downloads or draws samples.
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     if rank > 0:
         sys.stdout = io.StringIO()  # one process speaks for all
-    return rank, local_rank, world
+    return rank, world
 
 
-def load_images_in_turn(name, folder, local_rank, world):
-    """As load_images; the first process of a machine downloads, and the others wait for it."""
-    if local_rank > 0:
-        dist.barrier()
-    images, source = load_images(name, folder)
-    if world > 1 and local_rank == 0:
-        dist.barrier()
-    return images, source
+def load_images_in_turn(name, folder, rank, world):
+    """As load_images, one process after the other: the first downloads, the others find it."""
+    for turn in range(world):
+        if turn == rank:
+            data = load_images(name, folder)
+        if world > 1:
+            dist.barrier()  # everyone waits here until all have come
+    return data
+
+
+def check_agreement(start, world):
+    """End the program unless all processes start with the same: a tuple that describes it."""
+    everyone = [start] * world
+    if world > 1:
+        dist.all_gather_object(everyone, start)
+    if any(other != start for other in everyone):
+        sys.exit(f"The processes differ: {everyone}. All need the same DATA_DIR and OUT_DIR.")
 
 
 def check_setting(name, value, kind, lowest, highest):
@@ -725,6 +772,17 @@ def check_settings(settings, world):
         sys.exit(f"BATCH_SIZE = {settings['BATCH_SIZE']} cannot be shared by {world} processes.")
 
 
+def save_progress(ddpm, trainer, epoch, preview_every, x_0, out_dir, note):
+    """After the first epoch keep the loss per timestep; every few epochs save 16 samples."""
+    if not trainer.extras:
+        trainer.extras[f"after epoch {epoch}"] = loss_per_timestep(ddpm, x_0)
+        trainer.save(out_dir / "checkpoint.pt")
+    if epoch % preview_every == 0 and epoch < trainer.settings["EPOCHS"]:
+        torch.manual_seed(trainer.settings["SEED"])  # the same noise each time: watch it change
+        path, title = out_dir / f"samples_epoch_{epoch:03}.png", f"After epoch {epoch}"
+        sample_grid(ddpm.sample(n=16), path, title, note)
+
+
 def save_figures(ddpm, trainer, x_0, out_dir, note):
     """Sample 36 images and save the figures of a finished training in out_dir."""
     torch.manual_seed(trainer.settings["SEED"])
@@ -738,53 +796,56 @@ def save_figures(ddpm, trainer, x_0, out_dir, note):
     short_note = f"{trainer.settings['DATASET']}, SEED = {trainer.settings['SEED']}"
     denoising_gif(frames, out_dir / "denoising.gif", note=short_note)
     loss_curve(trainer.losses, out_dir / "loss.png", note=note)
-    curves = {**trainer.notes, "at the end": loss_per_timestep(ddpm, x_0)}
+    curves = {**trainer.extras, "at the end": loss_per_timestep(ddpm, x_0)}
     timestep_losses(curves, out_dir / "loss_per_timestep.png", note=note)
-    print(f"Saved samples, denoising, loss, loss_per_timestep and checkpoint.pt in {out_dir}")
+    print(f"Saved samples, denoising, loss and loss_per_timestep (.png, .gif) in {out_dir}")
 
+
+FIXED = (  # the settings that a checkpoint must agree with
+    *("DATASET", "T", "SCHEDULE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT"),
+    *("DROPOUT", "FLIP", "EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "EMA_DECAY", "SEED"),
+)
 
 if __name__ == "__main__":
-    rank, local_rank, world = join_processes()
-    names = "DATASET T SCHEDULE BASE_CH CHANNEL_MULT NUM_BLOCKS ATTENTION_AT DROPOUT FLIP EPOCHS"
-    names += " BATCH_SIZE LEARNING_RATE EMA_DECAY SEED"  # a checkpoint must agree with these
-    settings = {name: globals()[name] for name in names.split()}
+    rank, world = join_processes()
+    settings = {name: globals()[name] for name in FIXED}  # the constants above, by name
     check_settings(settings, world)
     check_setting("PREVIEW_EVERY", PREVIEW_EVERY, int, 1, 100_000)
-    device, out_dir = pick_device(), Path(OUT_DIR)
+    device = torch.device("cpu") if world > 1 and not ON_GPU else pick_device()
+    out_dir = Path(OUT_DIR)
     out_dir.mkdir(parents=True, exist_ok=True)
-    images, settings["DATASET"] = load_images_in_turn(DATASET, DATA_DIR, local_rank, world)
+    images, _, source = load_images_in_turn(DATASET, DATA_DIR, rank, world)
+    settings["DATASET"] = source  # drawn digits must not go on where MNIST stopped
     images, shape = images.to(device), images.shape[1:]
 
     torch.manual_seed(SEED)
-    torch.set_float32_matmul_precision("high")  # TF32 on NVIDIA GPUs, for what is not in 16 bits
+    if ON_GPU:  # TF32: float32 products with fewer digits, several times as fast
+        torch.set_float32_matmul_precision("high")
     betas = cosine_beta_schedule(T) if SCHEDULE == "cosine" else linear_beta_schedule(T)
-    form = shape, BASE_CH, CHANNEL_MULT, NUM_BLOCKS, ATTENTION_AT, DROPOUT
-    model = UNet(*form, torch.cumprod(1 - betas, dim=0).float(), best_precision(device))
-    model.to(device, memory_format=torch.channels_last)  # the layout that convolutions like best
+    architecture = shape, BASE_CH, CHANNEL_MULT, NUM_BLOCKS, ATTENTION_AT, DROPOUT
+    model = UNet(*architecture, torch.cumprod(1 - betas, dim=0).float(), best_precision(device))
+    model.to(device, memory_format=torch.channels_last)  # the layout that convolutions want
     # DistributedDataParallel: equal weights everywhere, and the mean of all processes' gradients
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    learner = DDPM(parallel, betas, shape, device)  # has the weights that are being trained
+    ddpm_in_training = DDPM(parallel, betas, shape, device)
 
     def loss(index):
-        return learner.loss(to_batch(images[index], FLIP))
+        return ddpm_in_training.loss(to_batch(images[index], FLIP))
 
     trainer = Trainer(model, loss, len(images), settings, rank, world)
-    ddpm = DDPM(trainer.averaged, betas, shape, device)  # has the averaged weights: for sampling
+    ddpm = DDPM(trainer.averaged, betas, shape, device)  # samples with the averaged weights
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{len(images):,} images of {source}, {size:,} parameters, on {device}")
     trainer.resume(out_dir / "checkpoint.pt")
+    check_agreement((source, len(images), trainer.step), world)
     if COMPILE:
         model.compile()
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{len(images):,} images of {settings['DATASET']}, {size:,} parameters, on {device}")
-    note = f"{settings['DATASET']}, EPOCHS = {EPOCHS}, BASE_CH = {BASE_CH}, T = {T}, SEED = {SEED}"
+    some_images = to_batch(images[:128])
+    note = f"{source}, EPOCHS = {EPOCHS}, BASE_CH = {BASE_CH}, T = {T}, SEED = {SEED}"
     for epoch in trainer.run(out_dir / "checkpoint.pt"):
-        if rank == 0 and not trainer.notes:
-            trainer.notes[f"after epoch {epoch}"] = loss_per_timestep(ddpm, to_batch(images[:128]))
-        if rank == 0 and epoch % PREVIEW_EVERY == 0 and epoch < EPOCHS:
-            torch.manual_seed(SEED)  # the same noise each time: watch how its image changes
-            path, title = out_dir / f"samples_epoch_{epoch:03}.png", f"After epoch {epoch}"
-            sample_grid(ddpm.sample(n=16), path, title, note)
-
+        if rank == 0:
+            save_progress(ddpm, trainer, epoch, PREVIEW_EVERY, some_images, out_dir, note)
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
-        save_figures(ddpm, trainer, to_batch(images[:128]), out_dir, note)
+        save_figures(ddpm, trainer, some_images, out_dir, note)

@@ -116,7 +116,7 @@ def test_killed_and_interrupted_it_arrives_at_the_same_weights(project):
     assert project.run_here(SCRIPT).returncode == 0
     disturbed = read_checkpoint(project)
     for state in disturbed, undisturbed:
-        del state["notes"]  # what the figures show of the first epoch
+        del state["extras"]  # what the figures show of the first epoch
     assert_identical(disturbed, undisturbed)
     pixels = [
         (folder.with_name(n) / "samples.png").read_bytes() for n in ("undisturbed", "02_ddpm")

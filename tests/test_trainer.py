@@ -57,7 +57,7 @@ def test_average_reaches_no_further_than_ema_decay_says():
     trainer = make_trainer(EMA_DECAY=0.5)
     before = trainer.averaged.conv_in.weight.clone()
     trainer.step = 1000
-    trainer.steps = 2000
+    trainer.total_steps = 2000
     trainer.train_step(torch.arange(8))
     expected = (before + trainer.model.conv_in.weight) / 2
     assert torch.allclose(trainer.averaged.conv_in.weight, expected, atol=1e-7)
@@ -66,7 +66,7 @@ def test_average_reaches_no_further_than_ema_decay_says():
 def test_learning_rate_rises_then_falls_to_zero():
     trainer = make_trainer(EPOCHS=200)  # 1000 steps
     rates = []
-    while trainer.step < trainer.steps:
+    while trainer.step < trainer.total_steps:
         rates.append(trainer.learning_rate())
         trainer.step += 1
     assert rates[0] == pytest.approx(0.02 / 50) and rates[24] == pytest.approx(0.01)
@@ -95,7 +95,7 @@ def test_processes_divide_every_batch_among_them():
         trainer.rank, trainer.world = rank, 2
         trainer.train_step = lambda index, rank=rank: seen.setdefault(rank, []).append(index)
         with pytest.raises(TypeError):  # the losses, which this train_step does not give
-            trainer.train_epoch(interrupted=())
+            trainer.train_epoch()
     for first, second in zip(seen[0], seen[1]):
         assert len(first) == len(second) == 4
         assert not set(first.tolist()) & set(second.tolist())
@@ -226,7 +226,7 @@ def test_loss_per_timestep_is_the_error_at_each_timestep():
 
     ddpm = script.DDPM(Zero(), script.cosine_beta_schedule(50), (1, 8, 8), CPU)
     timesteps, errors = script.loss_per_timestep(ddpm, torch.zeros(64, 1, 8, 8), count=10)
-    assert timesteps[0] == 0 and timesteps[-1] == 49 and len(timesteps) == len(errors) == 10
+    assert timesteps[0] == 0 and timesteps[-1] == 48 and len(timesteps) == len(errors) == 10
     assert all(e == pytest.approx(1, abs=0.1) for e in errors)
     ddpm.model.forward = lambda x_t, t: x_t / (1 - ddpm.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
     assert max(script.loss_per_timestep(ddpm, torch.zeros(64, 1, 8, 8))[1]) < 1e-6

@@ -285,23 +285,23 @@ def loss_curve(losses, path, title="Training loss", note=""):
 
 @matplotlib.rc_context(STYLE)
 def timestep_losses(curves, path, title="Loss per timestep", note=""):
-    """Save how the loss depends on t, on a linear axis (left) and on a logarithmic one (right).
+    """Save how the loss depends on t (left), and how much of it training took away (right).
 
-    curves: {label: (timesteps, losses)}, up to four, the earliest state of the network first.
-    Dashed: the mean of each curve, which is all that a training loss shows.
+    curves: {label: (timesteps, losses)}, one to three, the earliest state of the network first; the
+    same timesteps in each. Dashed: the mean over t.
     """
     fig = _figure(9.5, 4.2, title, note)
     left, right = fig.subplots(1, 2)
-    looks = ((BLUE, "-"), (ORANGE, "-"), (GREY, "-"), ("black", ":"))  # the last curve is blue
-    for (label, (timesteps, losses)), (colour, line) in zip(reversed(curves.items()), looks):
-        mean = sum(losses) / len(losses)
-        left.plot(timesteps, losses, line, color=colour, label=f"{label}, mean {mean:.4f}")
+    earliest, (_, first) = next(iter(curves.items()))
+    for (label, (timesteps, losses)), colour in zip(curves.items(), (ORANGE, BLUE, GREY)):
+        mean = np.mean(losses)
+        left.plot(timesteps, losses, color=colour, label=f"{label}: mean {mean:.4f}")
         left.axhline(mean, color=colour, linestyle="--", linewidth=1)
-        right.plot(timesteps, losses, line, color=colour, label=label)
-    left.set(title="as the mean sees it", xlabel="t", ylabel="squared error of the noise")
-    right.set(title="as the samples see it", xlabel="t", yscale="log")
+        if label != earliest:
+            right.plot(timesteps, 100 * (1 - np.divide(losses, first)), color=colour, label=label)
+    left.set(title="Squared error of the noise", xlabel="t", ylabel="loss")
+    right.set(title=f"What has gone of the loss {earliest}", xlabel="t", ylabel="per cent")
     left.legend()
-    right.legend()
     return _save(fig, path)
 
 
