@@ -78,11 +78,14 @@ def make_frames(channels=1, side=8, count=4, stages=12):
 def make_figures(folder, channels=1):
     x = torch.rand(5, channels, 8, 8) * 2 - 1
     alphas_cumprod = torch.linspace(0.999, 0.001, 50)
+    curves = {"after epoch 1": ([0, 5, 9], [0.3, 0.2, 0.1]), "at the end": ([0, 5, 9], [0.2] * 3)}
     return [
         visualize.sample_grid(x, folder / "grid.png", "Title", "note"),
         visualize.denoising_strip(make_frames(channels), folder / "strip.png"),
         visualize.denoising_gif(make_frames(channels), folder / "steps.gif"),
         visualize.loss_curve(np.linspace(1, 0.1, 300), folder / "loss.png"),
+        visualize.image_table(x[:4], folder / "table.png", ["a", "b"], ["one", "two"]),
+        visualize.timestep_losses(curves, folder / "timesteps.png"),
         visualize.forward_process(x[:2], alphas_cumprod, folder / "forward.png"),
         visualize.schedule_comparison(x[0], folder / "schedules.png"),
     ]
@@ -101,6 +104,12 @@ def test_one_image_and_one_loss_are_enough(tmp_path):
     visualize.loss_curve([0.5], tmp_path / "loss.png")
     visualize.denoising_strip(make_frames(stages=2, count=1), tmp_path / "strip.png")
     visualize.denoising_gif(make_frames(stages=2, count=1), tmp_path / "steps.gif")
+
+
+def test_a_table_that_is_not_full_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="3 images do not fill 2 rows of 2"):
+        visualize.image_table(torch.zeros(3, 1, 8, 8), tmp_path / "t.png", ["a", "b"], ["c", "d"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_tiles_stand_row_by_row_in_the_right_greys():

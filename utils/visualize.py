@@ -35,6 +35,7 @@ __all__ = [
     "denoising_strip",
     "draw_digits",
     "forward_process",
+    "image_table",
     "loss_curve",
     "sample_grid",
     "schedule_comparison",
@@ -212,6 +213,17 @@ def sample_grid(images, path, title="Samples", note="", columns=None):
     width = max(4.5, 0.75 * columns)
     fig = _figure(width, width * rows / columns + 0.6, title, note)
     _show_tiles(fig.subplots(), images, columns)
+    return _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def image_table(images, path, column_names, row_names, title="", note=""):
+    """Save images (rows · columns, C, H, W) in [-1, 1], row by row, with names at both sides."""
+    columns, rows = len(column_names), len(row_names)
+    if len(images) != rows * columns:
+        raise ValueError(f"{len(images)} images do not fill {rows} rows of {columns}")
+    fig = _figure(0.75 * columns + 1.2, 0.75 * rows + 1.1, title, note)
+    _show_tiles(fig.subplots(), images, columns, 2, column_names, row_names)
     return _save(fig, path)
 
 
