@@ -382,7 +382,7 @@ class DDPM:
 # Why does the loss stop falling while the samples still improve?
 #
 # In the first epoch the training loss falls from 0.53 to 0.060, and in five more to 0.052: a flat,
-# noisy line, in which one batch differs from the next by 8 %. And yet the digits turn from scribbles
+# noisy line, in which one batch differs from the next by 8 %. Yet the digits turn from scribbles
 # into handwriting. `loss_per_timestep.png` shows why; the numbers are those of the default run on
 # MNIST, for the plain squared error, without the weight of `DDPM.loss`.
 #
@@ -391,7 +391,7 @@ class DDPM:
 #   went after the first epoch. But that error is large. The first fifth of the steps makes up half
 #   of the mean, and hides the rest.
 # - In the middle, t = 500 to 800, it is decided which digit it will be and where its strokes run.
-#   The error there is small, and 13 % of it went. That counts twice: the error of x̂_0 is this one
+#   The error there is small, and 13 % of it went. That counts twice: the error of x̂_0 is it
 #   times √(1−ᾱ_t)/√ᾱ_t, and what goes wrong here, no later step can mend.
 # - Near t = T the image is nothing but noise. What can be known there is learned at once.
 #
