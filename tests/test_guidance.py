@@ -1,0 +1,241 @@
+"""03's class conditioning and classifier-free guidance, against closed forms and on bad labels."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import load
+from torch import nn
+
+script = load("03_conditional_ddpm.py")
+CPU = torch.device("cpu")
+NULL = script.NULL_LABEL
+DIGITS = script.CLASS_NAMES["MNIST"]
+
+
+class Recorder(nn.Module):
+    """A "network" that answers with a function of (x_t, t, labels) and notes what it was asked."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.asked = function, []
+
+    def forward(self, x_t, t, class_label):
+        self.asked.append((x_t, t, class_label))
+        return self.function(x_t, t, class_label)
+
+
+def make(function, T=1000, image_shape=(1, 2, 2), p_uncond=0.1, schedule=None):
+    betas = (schedule or script.cosine_beta_schedule)(T)
+    return script.GuidedDDPM(Recorder(function), betas, image_shape, CPU, p_uncond, DIGITS)
+
+
+def make_model(random=True):
+    torch.manual_seed(0)
+    alphas_cumprod = torch.cumprod(1 - script.cosine_beta_schedule(1000), dim=0).float()
+    model = script.ConditionalUNet((1, 8, 8), 8, (1, 2), 1, (4,), 0.0, alphas_cumprod)
+    for parameter in model.parameters():
+        if random and parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+# %% The network
+
+
+def test_prediction_depends_on_the_label_in_every_image_by_itself():
+    model = make_model()
+    x_t, t = torch.randn(1, 1, 8, 8).expand(11, 1, 8, 8), torch.full((11,), 500)
+    answers = model(x_t, t, torch.arange(11)).flatten(1)
+    assert torch.cdist(answers, answers).fill_diagonal_(9).min() > 1e-2, "no two labels alike"
+    alone = model(x_t[:1], t[:1], torch.tensor([7]))
+    assert torch.allclose(answers[7], alone.flatten(), atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_embeddings_may_stand_in_for_labels(precision):
+    model = make_model()
+    model.precision = precision
+    x_t, t, labels = (
+        torch.randn(3, 1, 8, 8),
+        torch.tensor([0, 500, 999]),
+        torch.tensor([3, 8, NULL]),
+    )
+    embeddings = model.label_embedding.weight[labels]
+    assert torch.equal(model(x_t, t, embeddings), model(x_t, t, labels))
+    assert model(x_t, t, labels).dtype == torch.float32
+
+
+def test_labels_reach_the_optimizer_that_embeddings_need():
+    model = make_model()
+    trainer = script.Trainer(model, None, 10, {"BATCH_SIZE": 5, "EPOCHS": 1})
+    adamw = trainer.adamw.param_groups[0]["params"]
+    assert any(weight is model.label_embedding.weight for weight in adamw)
+    muon = trainer.muon.param_groups[0]["params"]
+    assert not any(weight is model.label_embedding.weight for weight in muon)
+
+
+# %% Training
+
+
+def test_labels_are_withheld_image_by_image_at_the_stated_rate():
+    ddpm = make(lambda x, t, c: torch.zeros_like(x), p_uncond=0.1)
+    labels = torch.arange(10).repeat(100)
+    for _ in range(20):
+        ddpm.loss(torch.zeros(1000, 1, 2, 2), labels)
+    shares = []
+    for _, _, seen in ddpm.model.asked:
+        withheld = seen == NULL
+        shares.append(withheld.float().mean().item())
+        assert torch.equal(seen[~withheld], labels[~withheld]), "the others are told the truth"
+    # 20,000 images: standard error 0.0021; 1,000 of one batch: 0.0095
+    assert sum(shares) / 20 == pytest.approx(0.1, abs=0.01)
+    assert all(0.05 < share < 0.15 for share in shares), "never all of a batch or none"
+
+
+@pytest.mark.parametrize(("p_uncond", "expected"), [(0.0, False), (1.0, True)])
+def test_all_or_none_can_be_withheld(p_uncond, expected):
+    ddpm = make(lambda x, t, c: torch.zeros_like(x), p_uncond=p_uncond)
+    ddpm.loss(torch.zeros(50, 1, 2, 2), torch.full((50,), 3))
+    assert ((ddpm.model.asked[0][2] == NULL) == expected).all()
+
+
+# %% Guidance
+
+
+def two_answers(x_t, t, labels):
+    """0.3 · x for labelled images, 0.7 · x for those without."""
+    return torch.where((labels == NULL).view(-1, 1, 1, 1), 0.7, 0.3) * x_t
+
+
+def test_scale_1_is_the_conditional_and_0_the_unconditional_guess_exactly_and_once():
+    model = make_model()
+    ddpm = script.GuidedDDPM(model, script.cosine_beta_schedule(1000), (1, 8, 8), CPU, 0.1, DIGITS)
+    x_t, t, labels = torch.randn(4, 1, 8, 8), torch.full((4,), 300), torch.tensor([1, 2, 3, 4])
+    assert torch.equal(ddpm.guided_noise(x_t, t, labels, 1), model(x_t, t, labels))
+    null = torch.full((4,), NULL)
+    assert torch.equal(ddpm.guided_noise(x_t, t, labels, 0), model(x_t, t, null))
+    for scale in (0, 1):
+        ddpm = make(two_answers)
+        ddpm.guided_noise(torch.ones(4, 1, 2, 2), t, labels, scale)
+        assert [len(asked[0]) for asked in ddpm.model.asked] == [4]
+
+
+@pytest.mark.parametrize("scale", [0.5, 2, 3.0, 7, 10])
+def test_guidance_is_linear_in_the_two_guesses(scale):
+    """(1 + w) cond − w uncond with w = s − 1, the paper's form, in one pass of twice the batch."""
+    ddpm = make(two_answers)
+    x_t, t, labels = torch.randn(4, 1, 2, 2), torch.full((4,), 300), torch.tensor([1, 2, 3, 4])
+    w = scale - 1
+    expected = (1 + w) * 0.3 * x_t - w * 0.7 * x_t
+    assert torch.allclose(ddpm.guided_noise(x_t, t, labels, scale), expected, atol=1e-5)
+    assert [len(asked[0]) for asked in ddpm.model.asked] == [8]
+
+
+def test_embeddings_are_guided_like_the_labels_they_belong_to():
+    model = make_model()
+    ddpm = script.GuidedDDPM(model, script.cosine_beta_schedule(1000), (1, 8, 8), CPU, 0.1, DIGITS)
+    x_t, t, labels = torch.randn(4, 1, 8, 8), torch.full((4,), 300), torch.tensor([1, 2, 3, 4])
+    embeddings = model.label_embedding.weight[labels]
+    by_labels = ddpm.guided_noise(x_t, t, labels, 3.0)
+    assert torch.allclose(ddpm.guided_noise(x_t, t, embeddings, 3.0), by_labels, atol=1e-6)
+
+
+def test_without_labels_it_is_the_unconditional_model_whatever_the_scale():
+    samples = []
+    for labels, scale in ((None, 3.0), (None, 0), (NULL, 0), ([NULL] * 5, 1)):
+        torch.manual_seed(1)
+        ddpm = make(two_answers, T=10)
+        samples.append(ddpm.sample(5, labels, scale))
+        assert all(len(asked[0]) == 5 for asked in ddpm.model.asked)
+    assert all(torch.equal(sample, samples[0]) for sample in samples)
+
+
+def gaussian_classes(alphas_cumprod):
+    """Classes 0 and 1 from N(−0.5, 0.1²) and N(+0.5, 0.1²), equally often: ε in closed form."""
+
+    def noise_pred(x_t, t, labels):
+        a = alphas_cumprod[t].double().view(-1, 1, 1, 1)
+        x = x_t.double()
+        variance = a * 0.01 + 1 - a
+        means = [-0.5 * a.sqrt(), 0.5 * a.sqrt()]
+        # E[ε | x_t, class] = √(1−ᾱ) (x_t − √ᾱ μ) / (ᾱ σ² + 1 − ᾱ), pixels independent
+        by_class = [(1 - a).sqrt() * (x - mean) / variance for mean in means]
+        log_density = [-((x - mean) ** 2).sum((1, 2, 3), True) / (2 * variance) for mean in means]
+        share = torch.sigmoid(log_density[1] - log_density[0])  # P(class 1 | x_t)
+        both = share * by_class[1] + (1 - share) * by_class[0]
+        labels = labels.view(-1, 1, 1, 1)
+        guess = torch.where(labels == 0, by_class[0], by_class[1])
+        return torch.where(labels == NULL, both, guess).float()
+
+    return noise_pred
+
+
+def test_oracle_sampling_lands_on_the_component_that_was_asked_for():
+    ddpm = make(None, T=200, image_shape=(1, 1, 1))
+    ddpm.model = Recorder(gaussian_classes(ddpm.alphas_cumprod))
+    n = 4000
+    free = ddpm.sample(n).flatten()
+    assert (free > 0).float().mean() == pytest.approx(0.5, abs=0.04), "both, equally often"
+    for label, mean in ((0, -0.5), (1, 0.5)):
+        samples = ddpm.sample(n, label, guidance_scale=1).flatten()
+        assert ((samples > 0) == (label == 1)).float().mean() > 0.995
+        assert samples.mean().item() == pytest.approx(mean, abs=0.02)
+        assert samples.std().item() == pytest.approx(0.1, rel=0.15)
+        guided = ddpm.sample(n, label, guidance_scale=5).flatten()
+        assert ((guided > 0) == (label == 1)).all()
+        assert abs(guided.mean()) > abs(samples.mean()) + 0.005, "further from the other class"
+
+
+# %% Labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (None, [NULL] * 3),
+        (7, [7] * 3),
+        ("7", [7] * 3),
+        ([1, 2, 3], [1, 2, 3]),
+        (["1", 2, NULL], [1, 2, NULL]),
+        (range(3), [0, 1, 2]),
+        (torch.tensor([4, 5, 6]), [4, 5, 6]),
+        (torch.tensor(4), [4] * 3),
+        (np.int64(7), [7] * 3),
+        (np.array([1, 2, 3]), [1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_labels_by_number_name_list_or_tensor(labels, expected):
+    assert script.to_labels(labels, 3, DIGITS).tolist() == expected
+
+
+def test_labels_by_name():
+    names = script.CLASS_NAMES["CIFAR10"]
+    assert script.to_labels(["cat", "dog"], 2, names).tolist() == [3, 5]
+    assert all(len(set(names)) == 10 for names in script.CLASS_NAMES.values())
+
+
+@pytest.mark.parametrize("label", [-1, 11, "cat", 2.5, True, None, [3]], ids=str)
+def test_a_label_that_does_not_exist_is_named(label):
+    with pytest.raises(ValueError, match="there is no class") as error:
+        script.to_labels([1, label, 2], 3, DIGITS)
+    assert repr(label) in str(error.value) and "0 ... 9" in str(error.value)
+
+
+def test_a_single_label_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match=r"there is no class 2\.5"):
+        script.to_labels(2.5, 3, DIGITS)
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [], torch.tensor([1, 2, 3, 4]), torch.randn(2, 32)])
+def test_a_count_that_does_not_match_is_an_error(labels):
+    with pytest.raises(ValueError, match=f"{len(labels)} labels for n = 3 images"):
+        script.to_labels(labels, 3, DIGITS)
+
+
+@pytest.mark.parametrize("scale", [-1, math.nan, math.inf, "3", None])
+def test_a_scale_that_does_not_exist_is_an_error(scale):
+    with pytest.raises(ValueError, match="guidance_scale"):
+        make(two_answers, T=5).sample(2, 1, guidance_scale=scale)
