@@ -292,8 +292,7 @@ class UNet(nn.Module):
             for layer in self.down:
                 h = layer(h, time) if isinstance(layer, ResBlock) else layer(h)
                 skips.append(h)
-            h = self.middle_2(self.middle_1(h, time), time)  #    for CHANNEL_MULT = (1, 2, 4):
-            #    (B, 4·base_ch, side/4, side/4)
+            h = self.middle_2(self.middle_1(h, time), time)  #  by default (B, 4·base_ch, 7, 7)
             for layer in self.up:
                 if isinstance(layer, ResBlock):
                     h = layer(torch.cat([h, skips.pop()], dim=1), time)
