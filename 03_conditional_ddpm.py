@@ -761,6 +761,13 @@ def join_processes():
     return rank, world
 
 
+def leave_processes(world):
+    """End the communication; no process may end its own while another still needs it."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def load_images_in_turn(name, folder, rank, world):
     """As load_images, one process after the other: the first downloads, the others find it."""
     for turn in range(world):
@@ -930,7 +937,7 @@ if __name__ == "__main__":
     for epoch in trainer.run(out_dir / "checkpoint.pt"):
         if rank == 0:
             save_preview(ddpm, trainer, epoch, PREVIEW_EVERY, GUIDANCE_SCALE, out_dir, note)
-    if world > 1:
-        dist.destroy_process_group()
+    parallel = ddpm_in_training.model = model  # lets go of DistributedDataParallel
+    leave_processes(world)
     if rank == 0:
         save_class_figures(ddpm, trainer, GUIDANCE_SCALE, out_dir, note)
