@@ -3,17 +3,18 @@
     python 03_conditional_ddpm.py
     torchrun --nproc_per_node=4 03_conditional_ddpm.py        # on 4 GPUs of one machine
 
-The network is told what the image shows: a learned vector for the class, its embedding, is added to
-that of the step.
-One label in ten is withheld in training, so the same network also learns images of no class in
-particular. Sampling then asks it twice, with the label and without, and goes further in the
-direction in which the label pulls: the images are more typical of their class, and less diverse.
+The network is told what the image shows: a learned vector for the class, its embedding, is added
+to that of the step. One label in ten is withheld in training, so the same network also learns
+images of no class in particular. Sampling then asks it twice, with the label and without, and goes
+further in the direction in which the label pulls: the images become more typical of their class,
+and less diverse.
 What is new since 02 is marked `NEW in 03`; `git diff --no-index 02_ddpm.py 03_conditional_ddpm.py`
 shows all of it. (02's essay on the loss is left out.)
 
 You see in `outputs/03_conditional_ddpm/` a grid with a row for each class (`samples.png`), what the
 guidance scale does to the same noise (`guidance.png`), one digit turning into another while
-nothing but its label changes (`interpolation.png`), and 02's other pictures and its checkpoint.
+nothing but its label changes (`interpolation.png`), and from 02 the preview grids, the way out of
+the noise as a strip and as an animation, the loss curve and the checkpoint.
 With `python -i`: `sample_grid(ddpm.sample(n=4, labels=7), "sevens.png")`, or `ddpm.sample(n=2,
 labels=["3", "8"], guidance_scale=5.0)`.
 
@@ -390,7 +391,8 @@ class GuidedDDPM:
         both = self.model(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, null_labels]))
         noise_cond, noise_uncond = both.chunk(2)
         # Why it helps: by Bayes' rule noise_cond − noise_uncond is −√(1−ᾱ_t) times the gradient of
-        # log p(c | x_t), so going against it makes x_t more clearly a c (CFG section 3.2).
+        # log p(c | x_t). Noise is taken away, so more of this difference moves the image along that
+        # gradient: it becomes more clearly a c.
         # CFG Eq. 6:  (1 + w) · ε_θ(x_t, c) − w · ε_θ(x_t);  with s = 1 + w that is the same as
         # ε_θ(x_t) + s · (ε_θ(x_t, c) − ε_θ(x_t)).
         return noise_uncond + guidance_scale * (noise_cond - noise_uncond)
