@@ -31,15 +31,20 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 __all__ = [
+    "blend_comparison",
     "denoising_gif",
     "denoising_strip",
     "draw_digits",
     "forward_process",
+    "grid_gif",
     "image_table",
     "loss_curve",
+    "reconstruction_errors",
     "sample_grid",
     "schedule_comparison",
+    "table",
     "timestep_losses",
+    "trade_off",
 ]
 
 # From Okabe and Ito's palette, made for colour-blind readers.
@@ -254,7 +259,6 @@ def denoising_gif(frames, path, note="", count=9, scale=2, stages=26, millisecon
     pixel `scale` pixels wide, with `note` below; the finished images stand still for two seconds.
     """
     chosen = np.linspace(0, len(frames) - 1, min(stages, len(frames))).round().astype(int)
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
     pictures = []
     for number, index in enumerate(chosen, start=1):
         shown = frames[index][1][:count]
@@ -262,20 +266,35 @@ def denoising_gif(frames, path, note="", count=9, scale=2, stages=26, millisecon
         bar = np.full((3, tiles.shape[1], 3), 30, dtype=np.uint8)
         # Grey, for with so few colours in the file a coloured bar would tint the images.
         bar[1:, : round(tiles.shape[1] * number / len(chosen))] = 160
-        picture = np.concatenate([tiles, bar]).repeat(scale, 0).repeat(scale, 1)
+        pictures.append(np.concatenate([tiles, bar]).repeat(scale, 0).repeat(scale, 1))
+    durations = [milliseconds] * (len(pictures) - 1) + [2000]
+    # Few images, stages and colours keep the file small: noise cannot be compressed.
+    return _save_gif(pictures, path, durations, note, colours=8 if shown.shape[1] == 1 else 64)
+
+
+def grid_gif(images, path, note="", milliseconds=80, scale=3):
+    """Save images (moments, B, C, H, W) in [-1, 1] as an animated GIF that runs in a circle."""
+    columns = math.ceil(math.sqrt(images.shape[1]))
+    tiles = [_tile(moment, columns, background=30) for moment in images]
+    pictures = [picture.repeat(scale, 0).repeat(scale, 1) for picture in tiles]
+    durations = [milliseconds] * len(pictures)
+    return _save_gif(pictures, path, durations, note, colours=16 if images.shape[2] == 1 else 64)
+
+
+def _save_gif(pictures, path, durations, note, colours):
+    """Write pictures, uint8 (height, width, 3), with `note` below them; durations: milliseconds."""
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
+    frames = []
+    for picture in pictures:
         caption = np.full((14 if note else 0, picture.shape[1], 3), 30, dtype=np.uint8)
-        picture = Image.fromarray(np.concatenate([picture, caption]))
-        place = (3, picture.height - 13)
-        pen = ImageDraw.Draw(picture)
+        frame = Image.fromarray(np.concatenate([picture, caption]))
+        pen = ImageDraw.Draw(frame)
         pen.fontmode = "1"  # no half-tones: the few colours belong to the images
-        pen.text(place, note, (200, 200, 200), font)
-        # Few images, stages and colours keep the file small: noise cannot be compressed.
-        colours = 8 if shown.shape[1] == 1 else 64
-        pictures.append(picture.quantize(colours, dither=Image.Dither.NONE))
-    options = {"save_all": True, "append_images": pictures[1:], "loop": 0}
-    options["duration"] = [milliseconds] * (len(pictures) - 1) + [2000]
+        pen.text((3, frame.height - 13), note, (200, 200, 200), font)
+        frames.append(frame.quantize(colours, dither=Image.Dither.NONE))
+    options = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": durations}
     with _atomically(path) as partial:
-        pictures[0].save(partial, "GIF", **options)
+        frames[0].save(partial, "GIF", **options)
     return Path(path)
 
 
@@ -314,6 +333,90 @@ def timestep_losses(curves, path, title="Loss per timestep", note=""):
     left.set(title="Squared error of the noise", xlabel="t", ylabel="loss")
     right.set(title=f"What has gone of the loss {earliest}", xlabel="t", ylabel="per cent")
     left.legend()
+    return _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def table(header, rows, path, title="", note=""):
+    """Save a table: header and rows are lists of strings, the first column is set to the left."""
+    longest = [max(map(len, column)) for column in zip(header, *rows)]
+    fig = _figure(0.095 * sum(longest) + 0.3 * len(header), 0.26 * len(rows) + 1.1, title, note)
+    ax = fig.subplots()
+    ax.axis("off")
+    cells = ax.table(rows, colLabels=header, loc="center", edges="horizontal", cellLoc="right")
+    cells.auto_set_font_size(False)
+    cells.auto_set_column_width(range(len(header)))
+    cells.scale(1, 1.3)
+    for (row, column), cell in cells.get_celld().items():
+        cell.set(edgecolor="#C8C8C8")
+        cell.set_text_props(weight="bold" if row == 0 else "normal")
+        if column == 0:
+            cell.set_text_props(horizontalalignment="left")
+    return _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def trade_off(scores, path, title="What guidance gives and what it takes", note=""):
+    """Save how accuracy, diversity and the Fréchet distance depend on the guidance scale.
+
+    scores: {scale: {"read as asked", "recall", "spread", "Fréchet distance": number}}.
+    """
+    fig = _figure(9.5, 4.2, title, note)
+    left, right = fig.subplots(1, 2)
+    labels = {
+        "read as asked": "read as the digit that was asked for",
+        "spread": "spread within a digit (real images: 1)",
+        "recall": "recall: share of real images in reach",
+    }
+    for (name, label), colour, mark in zip(labels.items(), (ORANGE, BLUE, GREY), "os^"):
+        values = [score[name] for score in scores.values()]
+        left.plot(list(scores), values, mark + "-", color=colour, label=label)
+    left.set(title="Accuracy and diversity", xlabel="guidance scale", ylim=(0, 1.3))
+    left.legend(loc="upper right", fontsize=8)
+    distances = [score["Fréchet distance"] for score in scores.values()]
+    right.plot(list(scores), distances, "o-", color=BLUE)
+    right.set(title="Fréchet distance (lower is better)", xlabel="guidance scale")
+    right.set_ylim(bottom=0)
+    return _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def reconstruction_errors(errors, images, path, title="", note=""):
+    """Save how the error of a reconstruction falls with the number of steps, beside the images.
+
+    errors: {steps: mean absolute error}. images: {name: images (B, C, H, W) in [-1, 1]}, a row
+    each; the same images in the same order.
+    """
+    fig = _figure(9.5, 3.8, title, note)
+    left, right = fig.subplots(1, 2)
+    left.plot(list(errors), list(errors.values()), "o-", color=BLUE)
+    for steps, error in errors.items():
+        left.annotate(f"{error:.3f}", (steps, error), (4, 5), textcoords="offset points")
+    left.set(xlabel="steps each way", ylabel="mean absolute error", xscale="log", yscale="log")
+    left.set_xticks(list(errors), list(map(str, errors)))
+    left.minorticks_off()
+    left.margins(0.15, 0.15)
+    columns = len(next(iter(images.values())))
+    _show_tiles(right, torch.cat(list(images.values())), columns, 2, (), list(images))
+    return _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def blend_comparison(curves, images, path, title="Between two noises", note=""):
+    """Save the norm along several ways between two noises, and the images along each way.
+
+    curves: {name: norms, relative to the expected one}. images: {name: (points, C, H, W)}.
+    """
+    fig = _figure(9.5, 5.6, title, note)
+    axes = fig.subplot_mosaic([["norm"], ["images"]], height_ratios=[3, 2])
+    for (name, norms), colour, dash in zip(curves.items(), (ORANGE, BLUE), ("--", "-")):
+        shares = np.linspace(0, 1, len(norms))
+        axes["norm"].plot(shares, norms, color=colour, linestyle=dash, label=name)
+    axes["norm"].set(xlabel="share of the second noise", ylabel=r"norm / $\sqrt{D}$")
+    axes["norm"].set_ylim(0.6, 1.1)
+    axes["norm"].legend()
+    points = len(next(iter(images.values())))
+    _show_tiles(axes["images"], torch.cat(list(images.values())), points, 2, (), list(images))
     return _save(fig, path)
 
 

@@ -1,0 +1,152 @@
+"""utils/interpolation.py: ways between noises, against closed forms, and what it leaves."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+import utils.interpolation as interpolation
+from utils.interpolation import grid, interpolate, lerp, loop, slerp, transition_gif
+
+WEIGHTS = 0.0, 0.2, 0.5, 0.9, 1.0
+
+
+def test_star_import_gives_the_public_names_and_no_others():
+    names = {}
+    exec("from utils.interpolation import *", names)
+    names.pop("__builtins__")
+    assert set(names) == {"grid", "interpolate", "lerp", "loop", "slerp", "transition_gif"}
+    assert all(names[name].__doc__ for name in names)
+
+
+def test_slerp_in_the_plane_is_a_rotation():
+    for angle in 0.3, 1.5, 3.0:
+        a = torch.tensor([[2.0, 0.0]])
+        b = 2 * torch.tensor([[math.cos(angle), math.sin(angle)]])
+        for w in WEIGHTS:
+            wanted = 2 * torch.tensor([[math.cos(w * angle), math.sin(w * angle)]])
+            assert torch.allclose(slerp(a, b, w), wanted, atol=1e-6)
+
+
+def test_ends_norms_and_shapes():
+    z_a, z_b = torch.randn(5, 1, 28, 28), 3 * torch.randn(5, 1, 28, 28)
+    for way in lerp, slerp:
+        assert torch.allclose(way(z_a, z_b, 0), z_a, atol=1e-5)
+        assert torch.allclose(way(z_a, z_b, 1), z_b, atol=1e-5)
+        assert way(z_a, z_b, 0.3).shape == z_a.shape and way(z_a, z_b, 0.3).dtype == z_a.dtype
+    norm = [z.flatten(1).norm(dim=1) for z in (z_a, z_b, slerp(z_a, z_b, 0.25))]
+    assert torch.allclose(norm[2], 0.75 * norm[0] + 0.25 * norm[1], rtol=1e-5)
+
+
+def test_the_arc_keeps_the_norm_of_noise_and_the_line_loses_it():
+    z_a, z_b = torch.randn(20, 3072), torch.randn(20, 3072)
+    root = math.sqrt(3072)
+    assert (slerp(z_a, z_b, 0.5).norm(dim=1) / root - 1).abs().max() < 0.05
+    assert (lerp(z_a, z_b, 0.5).norm(dim=1) / root - math.sqrt(0.5)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_nearly_parallel_vectors(dtype):
+    z = torch.randn(4, 100, dtype=torch.float64)
+    for distance in 0.0, 1e-12, 1e-7, 1e-5, 1e-3:
+        other = (z + distance * torch.randn_like(z)).to(dtype)
+        middle = slerp(z.to(dtype), other, 0.5)
+        tolerance = 0.02 if dtype == torch.bfloat16 else 1e-6
+        assert torch.allclose(middle, lerp(z.to(dtype), other, 0.5), atol=tolerance)
+
+
+def test_each_item_has_its_own_arc_and_weight():
+    z_a, z_b = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
+    z_b[1] = z_a[1]  # one of them parallel
+    weights = torch.tensor([0.1, 0.5, 0.8])
+    for way in lerp, slerp:
+        together = way(z_a, z_b, weights)
+        for i in range(3):
+            alone = way(z_a[i : i + 1], z_b[i : i + 1], weights[i].item())
+            assert torch.allclose(together[i], alone[0], atol=1e-6)
+
+
+def test_zero_vectors_do_no_harm():
+    zero, z = torch.zeros(1, 4), torch.ones(1, 4)
+    assert torch.isfinite(slerp(zero, zero, 0.5)).all()
+    assert torch.isfinite(slerp(zero, z, 0.5)).all()
+
+
+def test_errors():
+    z = torch.randn(2, 4)
+    with pytest.raises(ValueError, match="opposite"):
+        slerp(z, -2 * z, 0.5)
+    for way in lerp, slerp:
+        with pytest.raises(ValueError, match="same shape"):
+            way(z, torch.randn(2, 5), 0.5)
+        with pytest.raises(ValueError, match="same shape"):
+            way(z[0], z[1], 0.5)
+        with pytest.raises(ValueError, match="3 weights for 2 items"):
+            way(z, z, torch.ones(3))
+    for steps in 1, 0, 2.5:
+        with pytest.raises(ValueError, match="steps = "):
+            interpolate(z, z, steps)
+    with pytest.raises(ValueError, match="method = 'cubic'"):
+        interpolate(z, z, 3, "cubic")
+    with pytest.raises(ValueError, match="4"):
+        grid(z, 3, 3)
+    with pytest.raises(ValueError, match="2"):
+        loop(z[:1], 5)
+
+
+def test_interpolate_goes_from_end_to_end_at_an_even_rate():
+    z_a, z_b = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    points = interpolate(z_a, z_b, 7)
+    assert points.shape == (7, 2, 1, 8, 8)
+    assert torch.allclose(points[0], z_a, atol=1e-5) and torch.allclose(points[-1], z_b, atol=1e-5)
+    unit = torch.nn.functional.normalize(points.flatten(2).double(), dim=2)
+    angles = (unit[1:] * unit[:-1]).sum(2).arccos()  # (6, 2)
+    assert torch.allclose(angles, angles[:1].expand(6, 2), atol=1e-4)
+
+
+def test_grid_has_its_corners_and_straight_rows():
+    corners = torch.randn(4, 1, 6, 6)
+    field = grid(corners, 3, 5)
+    assert field.shape == (3, 5, 1, 6, 6)
+    for corner, place in zip(corners, [(0, 0), (0, 4), (2, 0), (2, 4)]):
+        assert torch.allclose(field[place], corner, atol=1e-5)
+    row = interpolate(field[1:2, 0], field[1:2, 4], 5)[:, 0]
+    assert torch.allclose(field[1], row, atol=1e-5)
+
+
+def test_loop_is_closed_and_passes_every_stop():
+    stops = torch.randn(6, 1, 28, 28)
+    points = loop(stops, 4)
+    assert points.shape == (24, 1, 28, 28)
+    assert torch.allclose(points[::4], stops, atol=1e-5)
+    gaps = (points - points.roll(-1, 0)).flatten(1).norm(dim=1)
+    assert gaps.max() < 1.5 * gaps.min(), "no jump, also not from the last point to the first"
+
+
+def test_transition_gif(tmp_path):
+    asked = []
+
+    def generate(noises):
+        asked.append(len(noises))
+        return noises.tanh()
+
+    noises = loop(torch.randn(3, 4, 1, 16, 16), 5)  # 4 transitions side by side
+    path = transition_gif(generate, noises, tmp_path / "way.gif", "a note", batch_size=7)
+    assert sum(asked) == 15 * 4 and max(asked) <= 7
+    with Image.open(path) as animation:
+        assert animation.n_frames == 15 and animation.info["loop"] == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["way.gif"]
+    colour = transition_gif(generate, torch.randn(4, 3, 16, 16), tmp_path / "colour.gif")
+    with Image.open(colour) as animation:
+        assert animation.n_frames == 4
+
+
+def test_as_a_program(project):
+    done = project.run("utils/interpolation.py")
+    assert done.returncode == 0, done.stderr
+    path = project.folder / "outputs" / "interpolation" / "why_slerp.png"
+    assert str(path) in done.stdout
+    with Image.open(path) as picture:
+        assert picture.width > 600
+    assert interpolation.__doc__.splitlines()[0]
