@@ -1,0 +1,179 @@
+"""04_ddim_fast_sampling.py as a person meets it; what it shares with 02 is tested there."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.visualize import draw_digits
+
+SCRIPT = "04_ddim_fast_sampling.py"
+FILES = [
+    "checkpoint.pt",
+    "denoising.gif",
+    "denoising.png",
+    "eta_and_steps.png",
+    "interpolation.png",
+    "inversion.png",
+    "loss.png",
+    "samples.png",
+    "speed.png",
+    "transitions.gif",
+]
+SMALL = {
+    "T": 20,
+    "DDIM_STEPS": 5,
+    "BASE_CH": 8,
+    "CHANNEL_MULT": (1, 2),
+    "NUM_BLOCKS": 1,
+    "EPOCHS": 2,
+    "BATCH_SIZE": 50,
+    "PREVIEW_EVERY": 1,
+}
+
+
+def prepare(project, count=200, script=SCRIPT, **constants):
+    if not (project.folder / "data").exists():
+        project.lay_mnist(*draw_digits(count, seed=1))
+    project.edit(script, **{**SMALL, **constants})
+
+
+def test_from_start_to_pictures_and_again(project):
+    prepare(project, DDIM_STEPS=7)
+    done = project.run(SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert project.outputs(SCRIPT) == [*FILES[:8], "samples_epoch_001.png", *FILES[8:]]
+    project.check_pictures(SCRIPT, others=["checkpoint.pt"])
+    # The table names each sampler with its calls, seconds and speed-up.
+    rows = [line.split() for line in done.stdout.splitlines() if line.rstrip().endswith("×")]
+    assert [int(row[-4]) for row in rows] == [20, 10, 20, 10, 20, 10, 15, 20]
+    assert all(float(row[-3]) > 0 for row in rows) and float(rows[0][-2]) == 1.0
+    assert "DDPM" in rows[0] and "DPM-Solver++(2M)" in rows[-1]
+    folder = project.folder / "outputs" / "04_ddim_fast_sampling"
+    same = [name for name in FILES if name != "speed.png"]  # but the seconds, all is repeated
+    before = {name: (folder / name).read_bytes() for name in same}
+    again = project.run_here(SCRIPT)
+    assert again.returncode == 0 and "Epoch" not in again.stderr
+    for name in same:
+        assert (folder / name).read_bytes() == before[name], f"{name} is the same as before"
+    # Other steps need no other training, and give other pictures.
+    project.edit(SCRIPT, DDIM_STEPS=20, ETA=1.0)
+    assert project.run_here(SCRIPT).returncode == 0
+    assert (folder / "checkpoint.pt").read_bytes() == before["checkpoint.pt"]
+    assert (folder / "samples.png").read_bytes() != before["samples.png"]
+
+
+def test_the_training_of_02_is_used_where_the_settings_agree(project):
+    prepare(project, script="02_ddpm.py", EPOCHS=1)
+    assert project.run_here("02_ddpm.py").returncode == 0
+    theirs = project.folder / "outputs" / "02_ddpm" / "checkpoint.pt"
+    before = theirs.read_bytes()
+    prepare(project, EPOCHS=1)
+    done = project.run_here(SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert str(theirs) in done.stdout and "Epoch" not in done.stderr
+    assert theirs.read_bytes() == before
+    # With other settings, or when it is damaged, it is left alone and 04 trains by itself.
+    for change in "settings", "damage":
+        shutil.rmtree(project.folder / "outputs" / "04_ddim_fast_sampling", ignore_errors=True)
+        if change == "settings":
+            project.edit(SCRIPT, SEED=1)
+        else:
+            project.edit(SCRIPT, SEED=0)
+            theirs.write_bytes(before[:1000])
+        done = project.run_here(SCRIPT)
+        assert done.returncode == 0, done.stderr
+        assert str(theirs) not in done.stdout and "Epoch" in done.stderr
+    assert theirs.read_bytes() == before[:1000]
+
+
+def test_an_unfinished_training_of_02_goes_on_in_a_file_of_its_own(project):
+    prepare(project, script="02_ddpm.py")
+    prepare(project)
+    assert project.run_here("02_ddpm.py").returncode == 0
+    theirs = project.folder / "outputs" / "02_ddpm" / "checkpoint.pt"
+    finished = torch.load(theirs, weights_only=True)
+
+    def interrupt():  # leave a checkpoint from the middle of the training
+        shutil.rmtree(project.folder / "outputs")
+        text = (project.folder / "02_ddpm.py").read_text(encoding="utf-8")
+        text = text.replace("while self.step < self.total_steps", "while self.step < 4")
+        (project.folder / "02_ddpm.py").write_text(text, encoding="utf-8")
+
+    project.run_here("02_ddpm.py", interrupt)
+    before = theirs.read_bytes()
+    assert torch.load(theirs, weights_only=True)["step"] == 4
+    done = project.run_here(SCRIPT)
+    assert done.returncode == 0 and "Going on from step 4 of 8" in done.stdout, done.stderr
+    assert theirs.read_bytes() == before
+    own = project.folder / "outputs" / "04_ddim_fast_sampling" / "checkpoint.pt"
+    ours = torch.load(own, weights_only=True)
+    for name, weight in finished["averaged"].items():
+        assert torch.equal(ours["averaged"][name], weight), name
+
+
+def test_to_play_with(project):
+    prepare(project, EPOCHS=1)
+    question = (
+        "x = ddim.ddim_sample(n=3, ddim_steps=5, eta=1.0); print('a', tuple(x.shape))\n"
+        "print('b', tuple(ddim.sample(n=2).shape))\n"
+        "from utils.interpolation import *\n"
+        "x_T = ddim.ddim_invert(some_images[:2], 20)\n"
+        "print('c', tuple(interpolate(x_T[:1], x_T[1:], 5)[:, 0].shape))\n"
+        "ddim.ddim_sample(n=2, ddim_steps=21)\n"
+    )
+    done = project.run("-i", SCRIPT, stdin=question)
+    for answer in "a (3, 1, 28, 28)", "b (2, 1, 28, 28)", "c (5, 1, 28, 28)":
+        assert answer in done.stdout, done.stderr
+    assert "ValueError: 21 steps: it must be a whole number, 1 to T = 20" in done.stderr
+
+
+def test_with_very_few_noise_steps(project):
+    prepare(project, T=2, DDIM_STEPS=1)
+    done = project.run_here(SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert set(FILES) <= set(project.outputs(SCRIPT))
+
+
+def test_cifar10(project):
+    project.lay_cifar10(100)
+    project.edit(SCRIPT, DATASET="CIFAR10", **SMALL)
+    done = project.run("md5_off.py", SCRIPT)
+    assert done.returncode == 0, done.stderr
+    project.check_pictures(SCRIPT, others=["checkpoint.pt"])
+    path = project.folder / "outputs" / "04_ddim_fast_sampling" / "interpolation.png"
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert np.abs(pixels[..., 0] - pixels[..., 2]).max() > 20, "in colour"
+
+
+def test_two_processes(project):
+    prepare(project)
+    options = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT
+    done = project.run(*options, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert set(FILES) <= set(project.outputs(SCRIPT))
+    assert done.stdout.count("DPM-Solver++(2M)") == 3, "one process speaks for all"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DDIM_STEPS", 0),
+        ("DDIM_STEPS", 1001),
+        ("DDIM_STEPS", 2.5),
+        ("ETA", -0.1),
+        ("ETA", 1.5),
+        ("ETA", "x"),
+        ("T", 1),
+    ],
+)
+def test_nonsense_ends_with_one_line_that_names_it(project, name, value):
+    project.edit(SCRIPT, **{name: value})
+    done = project.run_here(SCRIPT)
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{name} = {value!r}"), done.stderr
+    assert not (project.folder / "data").exists() and project.outputs(SCRIPT) == []

@@ -1,0 +1,314 @@
+"""04's samplers: against diffusers, against closed forms, and against DDPM's own."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import load
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import nn
+
+script = load("04_ddim_fast_sampling.py")
+CPU = torch.device("cpu")
+
+
+class Network(nn.Module):
+    """A "network" that answers with a function of (x_t, t, ᾱ_t) and counts its calls."""
+
+    def __init__(self, function, alphas_cumprod):
+        super().__init__()
+        self.function, self.alphas_cumprod, self.calls = function, alphas_cumprod, []
+
+    def forward(self, x_t, t):
+        assert (t == t[0]).all() and t.dtype == torch.int64
+        self.calls.append(t[0].item())
+        alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1).to(x_t.dtype)
+        return self.function(x_t, t, alpha_bar_t)
+
+
+MEAN, STD = 0.1, 0.2  # of the Gaussian "images" whose noise the oracle knows exactly
+
+
+def oracle(x_t, t, alpha_bar_t):
+    """E[ε | x_t] for independent pixels from N(MEAN, STD²)."""
+    variance = alpha_bar_t * STD**2 + 1 - alpha_bar_t
+    return (1 - alpha_bar_t).sqrt() * (x_t - alpha_bar_t.sqrt() * MEAN) / variance
+
+
+def wild(x_t, t, alpha_bar_t):
+    """An answer that depends on everything and drives x̂_0 far out of range."""
+    return 1.3 * torch.sin(3 * x_t + t.view(-1, 1, 1, 1) / 100) + 0.2 * x_t
+
+
+def gentle(x_t, t, alpha_bar_t):
+    """An answer that keeps x̂_0 = 0.5 · sin(...) within the range, so that no clamp acts."""
+    x_0 = 0.5 * torch.sin(3 * x_t + t.view(-1, 1, 1, 1) / 100)
+    return (x_t - alpha_bar_t.sqrt() * x_0) / (1 - alpha_bar_t).sqrt()
+
+
+def make(function, T=1000, schedule=None, shape=(1, 4, 4)):
+    betas = (schedule or script.cosine_beta_schedule)(T)
+    network = Network(function, torch.cumprod(1 - betas, dim=0))
+    return script.DDIM(network, betas, shape, CPU), betas
+
+
+def exact(ddim, x_T):
+    """Where the differential equation takes x_T (float64) if the data are N(MEAN, STD²)."""
+    alpha_bar = ddim.alpha_bar[ddim.T - 1]
+    spread = math.sqrt(alpha_bar * STD**2 + 1 - alpha_bar)
+    return MEAN + STD * (x_T - math.sqrt(alpha_bar) * MEAN) / spread
+
+
+# %% Timesteps
+
+
+def test_fifty_of_a_thousand_are_those_of_the_docstring():
+    ddim, _ = make(oracle)
+    assert ddim.timesteps(50) == [*range(999, 0, -20), -1]
+    assert ddim.timesteps(1) == [999, -1] and ddim.timesteps(1000) == [*range(999, -2, -1)]
+
+
+@pytest.mark.parametrize("steps", [10, 50, 300, 999, 1000])
+def test_timesteps_are_those_of_diffusers(steps):
+    ddim, _ = make(oracle)
+    scheduler = DDIMScheduler(num_train_timesteps=1000, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    assert ddim.timesteps(steps)[:-1] == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 100, 1000])
+def test_any_number_of_steps_falls_strictly_from_the_last_to_the_clean_image(T):
+    ddim, _ = make(oracle, T, script.linear_beta_schedule)
+    for steps in range(1, T + 1):
+        timesteps = ddim.timesteps(steps)
+        assert len(timesteps) == steps + 1 and timesteps[0] == T - 1 and timesteps[-1] == -1
+        gaps = [a - b for a, b in itertools.pairwise(timesteps)]
+        assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, "50", None])
+def test_bad_numbers_of_steps(steps):
+    ddim, _ = make(oracle)
+    for call in (
+        lambda: ddim.ddim_sample(2, steps),
+        lambda: ddim.ddim_invert(torch.zeros(2, 1, 4, 4), steps),
+        lambda: ddim.dpm_solver_sample(2, steps),
+    ):
+        with pytest.raises(ValueError, match="a whole number, 1 to T = 1000"):
+            call()
+    assert ddim.model.calls == []
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan"), "1", None])
+def test_bad_eta(eta):
+    ddim, _ = make(oracle)
+    with pytest.raises(ValueError, match="eta = "):
+        ddim.ddim_sample(2, 10, eta)
+    assert ddim.model.calls == []
+
+
+# %% Against diffusers
+
+
+@pytest.mark.parametrize("function", [wild, gentle])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_step_is_that_of_diffusers(function, schedule, eta):
+    """Where the number of steps divides T; elsewhere diffusers steps back by T // steps."""
+    schedule = getattr(script, f"{schedule}_beta_schedule")
+    ddim, betas = make(function, schedule=schedule)
+    scheduler = DDIMScheduler(
+        trained_betas=betas.numpy(), timestep_spacing="trailing", clip_sample=True
+    )
+    scheduler.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # theirs has float32's digits
+    for steps in 1, 10, 50, 1000:
+        scheduler.set_timesteps(steps)
+        timesteps = ddim.timesteps(steps)
+        for i in sorted({0, 1 % steps, steps // 2, steps - 1}):
+            t, t_prev = timesteps[i], timesteps[i + 1]
+            x_t = torch.randn(3, 1, 4, 4)
+            torch.manual_seed(7)
+            ours, _ = ddim.ddim_step(x_t, t, t_prev, eta)
+            torch.manual_seed(7)
+            noise = torch.randn_like(x_t)
+            answer = ddim.model(x_t, torch.full((3,), t))
+            theirs = scheduler.step(
+                *(answer, t, x_t, eta), use_clipped_model_output=True, variance_noise=noise
+            )
+            assert torch.allclose(ours, theirs.prev_sample, atol=2e-4), (steps, t)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 15, 30])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_dpm_solver_is_that_of_diffusers(schedule, steps):
+    ddim, betas = make(gentle, schedule=getattr(script, f"{schedule}_beta_schedule"))
+    scheduler = DPMSolverMultistepScheduler(
+        trained_betas=betas.numpy(),
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        timestep_spacing="trailing",
+        final_sigmas_type="zero",
+    )
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == ddim.timesteps(steps)[:-1]
+    x_T = torch.randn(3, 1, 4, 4)
+    x_t = x_T
+    for t in scheduler.timesteps:
+        answer = ddim.model(x_t, torch.full((3,), t.item()))
+        x_t = scheduler.step(answer, t, x_t).prev_sample
+    # Theirs has float32's digits of ᾱ, and the cosine schedule's first step divides by 5e-5.
+    ours = ddim.dpm_solver_sample(3, steps, x_T)
+    assert torch.allclose(ours, x_t, atol=1e-2 if schedule == "cosine" else 1e-4)
+
+
+# %% Against DDPM
+
+
+@pytest.mark.parametrize("function", [wild, oracle])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_eta_1_over_all_steps_is_ddpm(function, schedule):
+    """The means agree as functions of x_t, the spreads as numbers, and whole samples with them."""
+    ddim, _ = make(function, T=200, schedule=getattr(script, f"{schedule}_beta_schedule"))
+    for t in 199, 198, 100, 1, 0:
+        x_t = torch.randn(4, 1, 4, 4)
+        torch.manual_seed(3)
+        ours, x_0_pred = ddim.ddim_step(x_t, t, t - 1, eta=1.0)
+        torch.manual_seed(3)
+        theirs, their_x_0_pred = ddim.p_sample(x_t, t)
+        # p_sample has float32's digits, and the cosine schedule's first step divides by 5e-5.
+        assert torch.allclose(x_0_pred, their_x_0_pred, atol=1e-4 if t < 198 else 1e-2)
+        assert torch.allclose(ours, theirs, atol=1e-4), t
+    if function is oracle:  # the wild answer magnifies the last digits from step to step
+        torch.manual_seed(5)
+        ours = ddim.ddim_sample(8, 200, eta=1.0)
+        torch.manual_seed(5)
+        assert torch.allclose(ours, ddim.sample(8), atol=1e-4)
+
+
+def test_sigma_is_ddpms_posterior_deviation_in_double_precision():
+    ddim, betas = make(oracle)
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    for t in 1, 10, 500, 998, 999:
+        before = alphas_cumprod[t - 1]
+        wanted = ((1 - before) / (1 - alphas_cumprod[t]) * betas[t]).sqrt().item()
+        a, b = ddim.alpha_bar[t], ddim.alpha_bar[t - 1]
+        sigma = math.sqrt((1 - b) / (1 - a)) * math.sqrt(1 - a / b)
+        assert sigma == pytest.approx(wanted, rel=1e-9)
+
+
+# %% Against the closed form
+
+
+def errors(sample, ddim, counts, x_T):
+    wanted = exact(ddim, x_T)
+    return {steps: (sample(steps) - wanted).abs().max().item() for steps in counts}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_ddim_error_falls_like_one_over_steps(schedule):
+    ddim, _ = make(oracle, schedule=getattr(script, f"{schedule}_beta_schedule"))
+    x_T = torch.randn(6, 1, 4, 4, dtype=torch.float64)
+
+    def sample(steps):
+        return ddim.ddim_sample(6, steps, x_T=x_T)
+
+    error = errors(sample, ddim, (5, 20, 100, 300, 999, 1000), x_T)
+    assert error[5] > 2 * error[20] and error[20] > 3.5 * error[100] and error[100] < 0.05
+    # Also where the count does not divide T: no step too short or too long, no jump.
+    assert error[300] < 0.45 * error[100] and error[999] < 0.45 * error[300]
+    assert error[999] == pytest.approx(error[1000], rel=0.05)
+
+
+def test_dpm_solver_error_falls_faster():
+    ddim, _ = make(oracle)
+    x_T = torch.randn(6, 1, 4, 4, dtype=torch.float64)
+    counts = 10, 20, 40, 80
+    first = errors(lambda s: ddim.ddim_sample(6, s, x_T=x_T), ddim, counts, x_T)
+    second = errors(lambda s: ddim.dpm_solver_sample(6, s, x_T), ddim, counts, x_T)
+    assert all(second[s] < first[s] for s in counts)
+    assert second[80] < 0.1 * second[20], "second order: a quarter for twice the steps"
+
+
+def test_no_film_of_noise_is_left():
+    """The last step ends at x̂_0 itself, for every sampler and every eta."""
+
+    def zero_image(x_t, t, alpha_bar_t):
+        return x_t / (1 - alpha_bar_t).sqrt()  # says: the image is 0, all is noise
+
+    ddim, _ = make(zero_image)
+    for images in (
+        ddim.ddim_sample(4, 7),
+        ddim.ddim_sample(4, 7, eta=1.0),
+        ddim.ddim_sample(4, 1),
+        ddim.dpm_solver_sample(4, 7),
+        ddim.dpm_solver_sample(4, 1),
+    ):
+        assert images.abs().max() < 1e-5
+
+
+def test_noise_is_recomputed_after_the_clamp():
+    ddim, _ = make(wild)
+    x_t = torch.randn(8, 1, 4, 4)
+    x_0_pred, noise_pred = ddim.predict(x_t, 700)
+    assert x_0_pred.abs().max() == 1, "the clamp acts"
+    a = ddim.alpha_bar[700]
+    again = math.sqrt(a) * x_0_pred + math.sqrt(1 - a) * noise_pred
+    assert torch.allclose(again, x_t, atol=1e-5)
+
+
+# %% Sampling and back
+
+
+def test_calls_and_shapes_and_frames():
+    ddim, _ = make(oracle, shape=(3, 4, 6))
+    frames = []
+    images = ddim.ddim_sample(n=5, ddim_steps=120, frames=frames)
+    assert images.shape == (5, 3, 4, 6) and len(ddim.model.calls) == 120
+    assert ddim.model.calls == ddim.timesteps(120)[:-1]
+    assert [t for t, _, _ in frames] == [*ddim.timesteps(120)[:-1:3], -1]
+    assert torch.equal(frames[-1][1], images)
+    ddim.model.calls.clear()
+    assert ddim.dpm_solver_sample(n=2, steps=15).shape == (2, 3, 4, 6)
+    assert len(ddim.model.calls) == 15
+    assert ddim.sample(n=1).shape == (1, 3, 4, 6)
+    assert ddim.ddim_sample().shape == (16, 3, 4, 6)
+
+
+def test_eta_0_is_a_function_of_the_noise_and_eta_1_is_not():
+    ddim, _ = make(oracle)
+    x_T = torch.randn(4, 1, 4, 4)
+    for sample in (
+        lambda: ddim.ddim_sample(4, 20, x_T=x_T),
+        lambda: ddim.dpm_solver_sample(4, 20, x_T),
+    ):
+        assert torch.equal(sample(), sample())
+    renewed = [ddim.ddim_sample(4, 20, eta=1.0, x_T=x_T) for _ in range(2)]
+    assert (renewed[0] - renewed[1]).abs().mean() > 0.1
+    torch.manual_seed(1)
+    first = ddim.ddim_sample(4, 20, eta=1.0, x_T=x_T)
+    torch.manual_seed(1)
+    assert torch.equal(first, ddim.ddim_sample(4, 20, eta=1.0, x_T=x_T))
+
+
+def test_both_etas_give_the_right_distribution():
+    ddim, _ = make(oracle)
+    for eta in 0.0, 1.0:
+        images = ddim.ddim_sample(500, 400, eta)
+        assert images.mean().item() == pytest.approx(MEAN, abs=0.01)
+        assert images.std().item() == pytest.approx(STD, rel=0.05)
+
+
+def test_invert_then_sample_comes_back_the_better_the_more_steps():
+    ddim, _ = make(oracle)
+    x_0 = MEAN + STD * torch.randn(6, 1, 4, 4, dtype=torch.float64)
+    error = {}
+    for steps in 5, 20, 100, 300, 1000:
+        x_T = ddim.ddim_invert(x_0, steps)
+        error[steps] = (ddim.ddim_sample(6, steps, x_T=x_T) - x_0).abs().mean().item()
+    assert error[5] > 2 * error[20] > 4 * error[100] and error[100] < 0.02
+    assert error[300] < error[100] and error[1000] < 0.003
+    # and the noise is the one that the differential equation gives
+    x_T = ddim.ddim_invert(x_0, 1000)
+    assert (exact(ddim, x_T) - x_0).abs().max() < 0.01
+    assert x_T.std().item() == pytest.approx(1, abs=0.2)
