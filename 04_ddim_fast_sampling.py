@@ -4,19 +4,20 @@
     torchrun --nproc_per_node=4 04_ddim_fast_sampling.py        # on 4 GPUs of one machine
 
 DDPM calls the network once for each of its 1000 steps. But the training never asked for 1000 steps:
-it only fixed how much noise an image has at step t. DDIM goes from 999 to 979 to 959 ... in steps
-as long as you like, and with η = 0 without fresh noise on the way. So the same noise always gives
-the same image, the way can be gone backwards, from a real image to its noise, and the noises
-between two noises become images between two images.
+it only fixed how much noise an image has at step t. So DDIM takes long steps, t = 999, 979, 959 ...
+or longer. How much fresh noise it adds on the way can be chosen by η: 1 is as much as DDPM, 0 none.
+With η = 0 only the first noise is random: the same noise always gives the same image, a real image
+can be followed back to its noise, and a blend of two noises gives an image between two images.
 The network, the training and DDPM's sampler are those of 02, to the last character; if 02 has been
-trained with the same settings, its checkpoint is used and nothing is trained. What is new is marked
-`NEW in 04`: the class `DDIM`, right below `DDPM`. (02's essay on the loss is left out.)
+trained with the same settings, 04 goes on from its checkpoint. What is new is marked `NEW in 04`:
+in section 5 the class `DDIM`, in 7 the pictures. (02's essay on the loss is left out.)
 
-You see in `outputs/04_ddim_fast_sampling/` what each sampler costs (`speed.png`), what the number
-of steps and η do to the same noise (`eta_and_steps.png`), how well real images come back out of
-their noise (`inversion.png`), the way from one real image to another (`interpolation.png`), smooth
-transitions (`transitions.gif`), and samples, denoising, loss and checkpoint as in 02.
-With `python -i`: `ddim.ddim_sample(n=16, ddim_steps=50)`, `ddim.sample(n=16)` for all T steps.
+You see in `outputs/04_ddim_fast_sampling/` what each sampler costs (`speed.png`), what it makes of
+the same noise (`samplers.png`), how well real images come back from their noise (`inversion.png`),
+the way from one real image to another (`interpolation.png`) by way of their noises, along an arc
+(slerp) or a line (lerp), and by fading; smooth transitions (`transitions.gif`), and as in 02
+samples, denoising, loss and the checkpoint. With `python -i`: `sample_grid(ddim.ddim_sample(n=16,
+ddim_steps=20), "new.png")`, `ddim.sample(n=16)`, `ddim.ddim_invert(to_batch(images[:8]))`.
 
 Measured: to come.
 
@@ -24,13 +25,17 @@ DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2
 Improved DDPM = Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models,
 arXiv:2102.09672
 DDIM = Song, Meng & Ermon 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
+DPM-Solver++ = Lu et al. 2022, DPM-Solver++: Fast Solver for Guided Sampling of Diffusion
+Probabilistic Models, arXiv:2211.01095
 
-Code              Paper         Shape          Meaning (what is not here is as in 02)
-ddim_steps        S                            calls of the network for one image
-timesteps         τ             (S + 1,)       the steps that are visited, T - 1 ... -1
-eta               η                            share of DDPM's fresh noise, 0 ... 1
-sigma_t           σ_τi(η)                      standard deviation of the fresh noise
-alpha_bar[t]      α_t (DDIM), ᾱ_t (DDPM)       as alphas_cumprod[t], and 1 for t = -1
+Code            Paper             Shape          Meaning (what is not here is as in 02)
+x_T             x_T               (B, C, H, W)   the noise at the start, t = T - 1
+ddim_steps      S                                calls of the network for one image
+timesteps       τ                 (S + 1,)       the steps that are visited, T - 1 ... -1
+t, t_prev       τ_i, τ_{i−1}                     the step at hand; the next one on the way down
+eta             η                                0 ... 1: share of the noise that DDPM would renew
+sigma_t         σ_{τ_i}(η)                       standard deviation of the fresh noise
+alpha_bars[t]   ᾱ_t; DDIM's α_t                  as alphas_cumprod[t], and 1 for t = -1
 """
 
 # %% 1. Settings: edit and run again
@@ -69,7 +74,8 @@ from utils.visualize import (
 )
 
 # A checkpoint goes on only with the settings that it was made with. To train with others, delete
-# outputs/04_ddim_fast_sampling/checkpoint.pt or set another OUT_DIR.
+# outputs/04_ddim_fast_sampling/checkpoint.pt or set another OUT_DIR. DDIM_STEPS and ETA may change
+# at any time: they have no part in the training.
 ON_GPU = torch.cuda.is_available()  # no setting: an NVIDIA GPU gets the larger values below
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", or "DRAWN": digits drawn offline
 T = 1000  # noise steps in training; sampling may take fewer: DDIM_STEPS
@@ -84,15 +90,15 @@ EPOCHS = 30 if ON_GPU else 6  # passes through the data; CIFAR10 needs hundreds
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
 LEARNING_RATE = 0.02  # at its highest, for Muon (AdamW gets a fifth); halve it if the loss jumps
 EMA_DECAY = 0.9999  # memory of the averaged weights; felt only in runs of over 90,000 steps
-DDIM_STEPS = 50  # NEW in 04: calls of the network for a sample, 1 ... T
-ETA = 0.0  # NEW in 04: 0: no noise but the first, 1: in each step as much fresh noise as DDPM
+DDIM_STEPS = 50  # NEW in 04: calls of the network for samples and denoising, 1 ... T; try 10
+ETA = 0.0  # NEW in 04: fresh noise in each step; 0: none, 1: as much as a DDPM with these steps
 PREVIEW_EVERY = 2  # epochs from one sample grid to the next
 COMPILE = False  # True: torch.compile, a minute or more of waiting and then faster steps
 SEED = 0  # same seed on the same CPU: same digits
 ROOT = Path(__file__).resolve().parent
 DATA_DIR = ROOT / "data"  # where data sets are looked for and downloaded to
 OUT_DIR = ROOT / "outputs" / "04_ddim_fast_sampling"  # for the pictures and the checkpoint
-OUT_DIR_02 = ROOT / "outputs" / "02_ddpm"  # NEW in 04: its checkpoint will do, settings being equal
+OUT_DIR_02 = ROOT / "outputs" / "02_ddpm"  # NEW in 04: its checkpoint will do, if settings agree
 
 
 # %% 2. Data
@@ -390,46 +396,48 @@ class DDIM(DDPM):
 
     The loss asks only how x_t depends on x_0 (DDPM Eq. 4), never how x_t came about one step at a
     time. So the network fits every process that has the same noise at each t (DDIM section 3), and
-    among those are some that skip most of the steps. Takes the same arguments as DDPM.
+    among those are some that skip most of the steps (section 4.2). Same arguments as DDPM.
     """
 
     def __init__(self, model, betas, image_shape, device):
         super().__init__(model, betas, image_shape, device)
-        # Python's floats have 64 bits: 1 − ᾱ_t/ᾱ_prev below would lose its digits in 32. The 1 at
-        # the end is the finished image, without noise: it has t = -1, and [-1] is the last.
-        self.alpha_bar = [*torch.cumprod(1 - betas, dim=0).tolist(), 1.0]
+        # As alphas_cumprod, but with 64 bits, for 1 − ᾱ_t/ᾱ_prev below would lose its digits in 32.
+        # The 1 at the end is the clean image's, t = -1: alpha_bars[-1] is the last entry.
+        self.alpha_bars = [*torch.cumprod(1 - betas, dim=0).tolist(), 1.0]
 
     def timesteps(self, ddim_steps):
         """Return ddim_steps + 1 timesteps, evenly spread from T - 1 down to -1, the clean image.
 
         50 of 1000: 999, 979, ... 39, 19, -1. Where ddim_steps does not divide T, some gaps are one
-        wider than others. Raises ValueError unless ddim_steps is a whole number, 1 ... T.
+        wider than others. (DDIM D.2 has them even as well, but does not begin at the very end.)
+        Raises ValueError unless ddim_steps is a whole number, 1 ... T.
         """
         if not isinstance(ddim_steps, int) or not 1 <= ddim_steps <= self.T:
             raise ValueError(f"{ddim_steps!r} steps: it must be a whole number, 1 to T = {self.T}")
         return [round(self.T * i / ddim_steps) - 1 for i in range(ddim_steps, -1, -1)]
 
     def predict(self, x_t, t):
-        """Ask the network about x_t (B, C, H, W), as of step t, an int: x_0_pred and noise_pred."""
+        """Return x_0_pred and noise_pred, the guesses for x_t (B, C, H, W) at step t, an int."""
         noise_pred = self.model(x_t, torch.full((len(x_t),), t, device=self.device))
-        signal, spread = math.sqrt(self.alpha_bar[t]), math.sqrt(1 - self.alpha_bar[t])
+        signal, spread = math.sqrt(self.alpha_bars[t]), math.sqrt(1 - self.alpha_bars[t])
         # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t,  clamped as in p_sample
         x_0_pred = ((x_t - spread * noise_pred) / signal).clamp(-1, 1)
-        # The same solved for ε: after the clamping image and noise must still add up to x_t.
+        # The same solved for ε. (The paper clamps nothing.) Image and noise must still add up to
+        # x_t, else η = 1 with all T steps would not be DDPM's p_sample.
         return x_0_pred, (x_t - signal * x_0_pred) / spread
 
     def ddim_step(self, x_t, t, t_prev, eta):
         """Go from x_t (B, C, H, W) at t to any t_prev < t, both ints: return x_prev, x_0_pred."""
         x_0_pred, noise_pred = self.predict(x_t, t)
         # The DDIM paper writes α for what is ᾱ in DDPM and here. Its τ_{i−1} is our t_prev.
-        alpha_bar_t, alpha_bar_prev = self.alpha_bar[t], self.alpha_bar[t_prev]
+        alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]
         # DDIM Eq. 16:  σ_t = η · √((1−ᾱ_prev) / (1−ᾱ_t)) · √(1 − ᾱ_t/ᾱ_prev)
         sigma_t = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
         sigma_t = sigma_t * math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
         # DDIM Eq. 12:  x_prev = √ᾱ_prev · x̂_0 + √(1−ᾱ_prev−σ_t²) · ε_θ + σ_t · fresh noise.
         # Old and fresh noise together have the variance 1 − ᾱ_prev that belongs to t_prev, however
-        # far away that is. η = 1 renews as much of the noise as DDPM does; η = 0 renews nothing:
-        # then only the start is random.
+        # far away that is. η = 1 renews as much of it as a DDPM with these steps would; η = 0
+        # renews nothing: then only the start is random.
         x_prev = math.sqrt(alpha_bar_prev) * x_0_pred
         x_prev = x_prev + math.sqrt(1 - alpha_bar_prev - sigma_t**2) * noise_pred
         if sigma_t > 0:
@@ -440,9 +448,10 @@ class DDIM(DDPM):
     def ddim_sample(self, n=16, ddim_steps=50, eta=0.0, x_T=None, frames=None):
         """Make n new images, (n, C, H, W) in [-1, 1], with ddim_steps calls of the network.
 
-        ddim_steps: 1 ... T. eta: 0, where the same noise always gives the same image, to 1, which
-        with all T steps is `sample`. x_T: the noise to start from, (n, C, H, W); None draws it.
-        frames: as in `sample`. Raises ValueError for values out of range. DDIM section 4.1.
+        ddim_steps: 1 ... T. eta: 0 ... 1; with 0 the same noise always gives the same image, 1 with
+        all T steps is `sample`. x_T: the noise to start from, (B, C, H, W), such as ddim_invert
+        finds; then n does not count. frames: as in `sample`. Raises ValueError for steps and eta
+        out of range. DDIM sections 4.1 and 4.2.
         """
         timesteps = self.timesteps(ddim_steps)
         if not (isinstance(eta, int | float) and 0 <= eta <= 1):
@@ -459,52 +468,64 @@ class DDIM(DDPM):
         return x_t
 
     @torch.no_grad()
-    def ddim_invert(self, x_0, ddim_steps=100):
-        """Find the noise x_T (B, C, H, W) out of which ddim_sample with eta = 0 makes images x_0.
+    def ddim_invert(self, x_0, ddim_steps=50):
+        """Find about the noise x_T (B, C, H, W) out of which ddim_sample with eta = 0 makes x_0.
 
-        x_0: (B, C, H, W) in [-1, 1]. ddim_steps: 1 ... T, as many as the way back will take. With
-        η = 0 and small steps DDIM follows a differential equation (DDIM Eq. 14), which holds in
-        both directions. But a step towards the noise would need the network's answer at its end,
-        where we are not yet; the answer at its beginning stands in. Shorter steps err less.
+        x_0: (B, C, H, W) in [-1, 1]. ddim_steps: 1 ... T, as many as the way back will take; raises
+        ValueError for others. With η = 0 and small steps DDIM follows a differential equation (DDIM
+        Eq. 14), which holds in both directions (section 5.4). Sampling asks the network where a
+        step begins. Run backwards that is where the step ends, a place not yet reached; so we ask
+        at its beginning, and err a little. Shorter steps err less.
         """
         x_t, timesteps = x_0, self.timesteps(ddim_steps)[::-1]  # -1 ... T - 1
         bar = tqdm(timesteps[:-1], "Inverting", unit=" steps", leave=False)
         for t, t_next in zip(bar, timesteps[1:]):
+            # The network knows no t = -1: at the clean image it is asked with t = 0, the nearest.
             x_0_pred, noise_pred = self.predict(x_t, max(t, 0))
-            alpha_bar_next = self.alpha_bar[t_next]
+            x_0_pred = x_0 if t == -1 else x_0_pred
+            alpha_bar_next = self.alpha_bars[t_next]
             # DDIM Eq. 12 with σ = 0, upwards
             x_t = math.sqrt(alpha_bar_next) * x_0_pred + math.sqrt(1 - alpha_bar_next) * noise_pred
         return x_t
 
     @torch.no_grad()
-    def dpm_solver_sample(self, n=16, steps=15, x_T=None):
-        """GOING FURTHER than DDIM: DPM-Solver++(2M), the sampler of today: 10 to 20 steps will do.
+    def dpm_solver_sample(self, n=16, steps=15, x_T=None, power=2):
+        """GOING FURTHER than DDIM: DPM-Solver++(2M), of second order, for 10 to 20 steps.
 
-        Takes and returns the same as ddim_sample. DDIM holds x̂_0 for constant during a step; here
-        it goes on changing as it did in the last one. Lu et al. 2022, DPM-Solver++,
-        arXiv:2211.01095, Algorithm 2; their α_t and σ_t are √ᾱ_t and √(1−ᾱ_t) here.
+        steps: 1 ... T; n and x_T as in ddim_sample; there is no fresh noise. DDIM takes x̂_0 to be
+        constant during a step; here it goes on changing as it did in the last one, and D is what
+        it will be half-way. Raises ValueError for steps out of range. DPM-Solver++ Algorithm 2,
+        with x̂_0 clamped; their α_t and σ_t are √ᾱ_t and √(1−ᾱ_t) here.
         """
-        timesteps, before = self.timesteps(steps), None
+        self.timesteps(steps)  # raises the ValueError
+        # power = 1: even steps. power = 2: short ones while the noise is strong and it is decided
+        # which digit it will be, then longer and longer ones; on MNIST 15 of these do better than
+        # 20 even ones, but what photographs want may differ. (From about √T steps on the shortest
+        # fall together, and there are fewer calls.)
+        timesteps = {round(self.T * (1 - (1 - i / steps) ** power)) - 1 for i in range(steps + 1)}
+        timesteps = sorted(timesteps, reverse=True)  # T - 1 ... -1
         x_t = torch.randn(n, *self.image_shape, device=self.device) if x_T is None else x_T
+        x_0_before = h_before = None
         bar = tqdm(timesteps[:-1], "DPM-Solver++", unit=" steps", leave=False)
         for t, t_prev in zip(bar, timesteps[1:]):
             x_0_pred, _ = self.predict(x_t, t)
             if t_prev == -1:
-                return x_0_pred  # what the formula below comes to when no noise is left
-            # Progress is measured in λ = log(√ᾱ/√(1−ᾱ)), half the log signal-to-noise ratio.
-            step = self.half_log_snr(t_prev) - self.half_log_snr(t)  # their h
-            x_0_next = x_0_pred
-            if before is not None:
-                x_0_before, step_before = before
+                # To the clean image h is infinite, and D with it. So the last step is DDIM's, which
+                # ends at x̂_0: the usual addition to Algorithm 2.
+                return x_0_pred
+            h = self.half_log_snr(t_prev) - self.half_log_snr(t)  # the length of the step
+            D = x_0_pred  # all that is known in the first step, which is DDIM's too
+            if h_before is not None:
                 # D = x̂_0 + (x̂_0 − x̂_0 of the step before) · h / (2 · h of the step before)
-                x_0_next = x_0_pred + (x_0_pred - x_0_before) * step / (2 * step_before)
-            before = x_0_pred, step
-            #  x_prev = σ_prev/σ_t · x_t − α_prev · (e^−h − 1) · D;  with D = x̂_0 it is DDIM's step
-            ratio = math.sqrt((1 - self.alpha_bar[t_prev]) / (1 - self.alpha_bar[t]))
-            x_t = ratio * x_t - math.sqrt(self.alpha_bar[t_prev]) * math.expm1(-step) * x_0_next
+                D = x_0_pred + (x_0_pred - x_0_before) * h / (2 * h_before)
+            x_0_before, h_before = x_0_pred, h
+            # x_prev = √(1−ᾱ_prev)/√(1−ᾱ_t) · x_t − √ᾱ_prev · (e^−h − 1) · D
+            ratio = math.sqrt((1 - self.alpha_bars[t_prev]) / (1 - self.alpha_bars[t]))
+            x_t = ratio * x_t - math.sqrt(self.alpha_bars[t_prev]) * math.expm1(-h) * D
 
     def half_log_snr(self, t):
-        return math.log(self.alpha_bar[t] / (1 - self.alpha_bar[t])) / 2
+        """Return λ_t = log(√ᾱ_t / √(1−ᾱ_t)), half the log of the signal-to-noise ratio; t >= 0."""
+        return math.log(self.alpha_bars[t] / (1 - self.alpha_bars[t])) / 2
 
 
 # %% 6. Training
@@ -873,22 +894,26 @@ def check_settings(settings, world):
         sys.exit(f"BATCH_SIZE = {settings['BATCH_SIZE']} cannot be shared by {world} processes.")
 
 
-def find_checkpoint(out_dir, out_dir_02, settings):
-    """NEW in 04. Return where to go on from: the own checkpoint, or 02's if its settings agree."""
+def adopt_checkpoint(out_dir, out_dir_02, settings, rank, world):
+    """NEW in 04. Where there is no own checkpoint take over 02's, if its settings agree."""
     own, other = (folder / "checkpoint.pt" for folder in (out_dir, out_dir_02))
-    if not own.exists() and other.exists():
+    if rank == 0 and not own.exists() and other.exists():
         try:
-            saved = torch.load(other, map_location="cpu", weights_only=True)
-        except Exception:  # whatever is wrong with it, it is for 02 to tell
-            return own
-        if isinstance(saved, dict) and saved.get("settings") == settings:
+            state = torch.load(other, map_location="cpu", weights_only=True)
+            agrees = state["settings"] == settings
+        except Exception:  # damaged, or no checkpoint
+            agrees = False
+        if agrees:
             print(f"Using what 02 has trained with the same settings: {other}")
-            return other
-    return own
+            save_atomically(state, own)
+        else:
+            print(f"Training anew: {other} is damaged or has other settings.")
+    if world > 1:
+        dist.barrier()
 
 
 def save_fast_preview(ddim, trainer, epoch, preview_every, ddim_steps, eta, out_dir, note):
-    """Every few epochs save 16 samples; with DDIM that takes a second."""
+    """NEW in 04. Every few epochs save 16 samples, made with DDIM: it takes but a moment."""
     if epoch % preview_every == 0 and epoch < trainer.settings["EPOCHS"]:
         torch.manual_seed(trainer.settings["SEED"])  # the same noise each time: watch it change
         path, title = out_dir / f"samples_epoch_{epoch:03}.png", f"After epoch {epoch}"
@@ -896,109 +921,113 @@ def save_fast_preview(ddim, trainer, epoch, preview_every, ddim_steps, eta, out_
 
 
 def compare_samplers(ddim, seed, count=64):
-    """NEW in 04. Time each sampler on the same noise.
+    """NEW in 04. Time each sampler on the same noise, DDPM first.
 
-    Returns {(name, steps): (seconds, images)}, with `count` images of each, DDPM first.
+    Returns {(name, calls of the network): (seconds, images)}, with `count` images of each.
     """
-    steps = [s for s in (10, 20, 50, 100, 250) if s <= ddim.T] or [1, ddim.T]
-    runs = {("DDPM", ddim.T): lambda: ddim.sample(count)}
-    for eta in 0.0, 1.0:
-        for s in steps:
-            runs[f"DDIM, η = {eta:.0f}", s] = partial(ddim.ddim_sample, count, s, eta)
-    for s in (10, 15, 20):
-        if s <= ddim.T:
-            runs["DPM-Solver++(2M)", s] = partial(ddim.dpm_solver_sample, count, s)
-    ddim.ddim_sample(count, 1)  # the first call at a new batch size is slow, let it count for none
+    runs = {("DDPM", ddim.T): partial(ddim.sample, count)}
+    for name, sampler, all_steps in (
+        ("DDIM, η = 0", ddim.ddim_sample, (10, 20, 50, 100)),
+        ("DDIM, η = 1", partial(ddim.ddim_sample, eta=1.0), (10, 20, 50, 100)),
+        ("DPM-Solver++(2M)", ddim.dpm_solver_sample, (10, 15, 20)),
+    ):
+        for steps in all_steps:
+            if steps <= ddim.T:
+                runs[name, steps] = partial(sampler, count, steps)
+    ddim.ddim_sample(count, 1)  # the first call with so many images is slow: it does not count
     results = {}
     for key, run in runs.items():
-        torch.manual_seed(seed)  # each draws its starting noise first: the same for all
+        torch.manual_seed(seed)  # each draws the starting noise first: the same for all
         start = perf_counter()
-        images = run().cpu()  # .cpu() waits for a GPU to be done
+        images = run().cpu()  # .cpu() waits until a GPU is done
         results[key] = perf_counter() - start, images
     return results
 
 
 def save_comparison(ddim, seed, out_dir, note):
-    """NEW in 04. Print and save what each sampler costs, and what steps and η do to the images."""
+    """NEW in 04. Print and save what each sampler costs and what it makes of the same noise."""
     results = compare_samplers(ddim, seed)
-    slowest = next(iter(results.values()))[0]
-    header = ["sampler", "calls of the network", "seconds for 64 images", "speed-up"]
+    ddpm_seconds, images = results["DDPM", ddim.T]
+    header = ["sampler", "calls of the network", f"seconds for {len(images)} images", "speed-up"]
     rows = [
-        [name, f"{steps}", f"{seconds:.2f}", f"{slowest / seconds:.1f} ×"]
+        [name, f"{steps}", f"{seconds:.2f}", f"{ddpm_seconds / seconds:.1f} ×"]
         for (name, steps), (seconds, _) in results.items()
     ]
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in header, *rows:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
-    table(header, rows, out_dir / "speed.png", "The same network, other samplers", note)
-    names = "DDIM, η = 0", "DDIM, η = 1"
-    counts = [steps for name, steps in results if name == names[0]]
-    shown = [results[name, s][1][i] for name in names for i in range(4) for s in counts]
-    row_names = [name.removeprefix("DDIM, ") for name in names for _ in range(4)]
-    title = "The same four noises, η = 0 and η = 1"
-    path, columns = out_dir / "eta_and_steps.png", [f"{s} steps" for s in counts]
-    image_table(torch.stack(shown), path, columns, row_names, title, note)
+    title = f"The same network, other samplers, on {ddim.device}"
+    table(header, rows, out_dir / "speed.png", title, note)
+    counts = sorted({steps for _, steps in results})
+    names, row_names, shown = {name: None for name, _ in results}, [], []
+    nothing = torch.ones_like(images[0])  # a white square
+    for name in names:
+        for i in range(min(3, len(images))):
+            shown += [results[name, n][1][i] if (name, n) in results else nothing for n in counts]
+            row_names.append(f"{name}, noise {i + 1}")
+    title = "The same three noises, with each sampler"
+    columns = [f"{steps} calls" for steps in counts]
+    image_table(torch.stack(shown), out_dir / "samplers.png", columns, row_names, title, note)
 
 
 def save_inversion(ddim, x_0, out_dir, note):
-    """NEW in 04. Save how well images x_0 come back from their noise."""
-    errors, images = {}, {"original": x_0[:5]}
-    for steps in [s for s in (10, 20, 50, 100, 250) if s <= ddim.T] or [1, ddim.T]:
-        back = ddim.ddim_sample(len(x_0), steps, x_T=ddim.ddim_invert(x_0, steps))
+    """NEW in 04. Save how well x_0, images of the training, come back out of their noise."""
+    errors, images = {}, {"image": x_0[:5]}
+    for steps in [n for n in (10, 20, 50, 100, 250) if n < ddim.T] or [ddim.T]:
+        x_T = ddim.ddim_invert(x_0, steps)
+        back = ddim.ddim_sample(x_T=x_T, ddim_steps=steps)
         errors[steps] = (back - x_0).abs().mean().item()
         images[f"{steps} steps"] = back[:5]
-    title = "Real images to noise and back"
+    images["its noise"] = x_T[:5]
+    title = "Training images to their noise and back, DDIM with η = 0"
     reconstruction_errors(errors, images, out_dir / "inversion.png", title, note)
 
 
-def save_transitions(ddim, x_0, seed, out_dir, note, points=9):
-    """NEW in 04. Save ways from one real image to another, and a loop through random noises."""
-    steps = min(100, ddim.T)
-    noises = ddim.ddim_invert(x_0[:6], steps)
-    rows, names = [], []
-    for i in 0, 2, 4:  # pairs of images
-        ends = noises[i : i + 1], noises[i + 1 : i + 2]
-        for method in "slerp", "lerp":
-            x_T = interpolate(*ends, points, method)[:, 0]  # (points, C, H, W)
-            rows.append(ddim.ddim_sample(points, steps, x_T=x_T))
-        rows.append(interpolate(x_0[i : i + 1], x_0[i + 1 : i + 2], points, "lerp")[:, 0])
-        names += ["noise, slerp", "noise, lerp", "pixels, lerp"]
+def save_transitions(ddim, x_0, seed, out_dir, note, short_note, points=11):
+    """NEW in 04. Save ways between three pairs of real images, and loops through random noises."""
+    steps, ways = min(100, ddim.T), []
+    x_T = ddim.ddim_invert(x_0[:6], steps)
+    for method in "slerp", "lerp":
+        between = interpolate(x_T[0::2], x_T[1::2], points, method)  # (points, 3, C, H, W)
+        images = ddim.ddim_sample(x_T=between.flatten(0, 1), ddim_steps=steps)
+        ways.append(images.unflatten(0, (points, 3)))
+    ways.append(interpolate(x_0[0:6:2], x_0[1:6:2], points, "lerp"))  # fading, without any model
+    rows = torch.stack(ways).permute(2, 0, 1, 3, 4, 5).flatten(0, 2)  # pair by pair, way by way
     shares = [f"{100 * i / (points - 1):.0f} %" for i in range(points)]
-    title = "From one real image to another"
-    image_table(torch.cat(rows), out_dir / "interpolation.png", shares, names, title, note)
+    title = "From one training image to another: share of the one on the right"
+    names = ["noise, slerp", "noise, lerp", "pixels, lerp"] * 3
+    image_table(rows, out_dir / "interpolation.png", shares, names, title, note)
     torch.manual_seed(seed)
-    stops = torch.randn(4, 6, *ddim.image_shape, device=ddim.device)  # 4 loops of 6 stops
+    stops = torch.randn(4, 6, *ddim.image_shape, device=ddim.device)  # 4 loops of 6 stops each
     noises = torch.stack([loop(stops_of_one, 10) for stops_of_one in stops], dim=1)
-    short_note = note.split(",")[0] + f", DDIM, SEED = {seed}"
 
     def generate(x_T):
-        return ddim.ddim_sample(len(x_T), min(50, ddim.T), x_T=x_T)
+        return ddim.ddim_sample(x_T=x_T, ddim_steps=min(50, ddim.T))
 
     transition_gif(generate, noises, out_dir / "transitions.gif", short_note)
 
 
-def save_figures_of_sampling(ddim, trainer, x_0, ddim_steps, eta, out_dir, note):
-    """Sample 36 images and save the figures of a finished training in out_dir.
+def save_figures_of_sampling(ddim, trainer, images, ddim_steps, eta, out_dir, note):
+    """NEW in 04. Sample 36 images and save the figures of a finished training in out_dir.
 
-    x_0: real images (B, C, H, W) in [-1, 1], at least 6.
+    images: those of the training, uint8 (N, C, H, W), N at least 6.
     """
-    seed, frames = trainer.settings["SEED"], []
+    seed, frames, x_0 = trainer.settings["SEED"], [], to_batch(images[:16])
+    short_note, title = f"{trainer.settings['DATASET']}, SEED = {seed}", f"DDIM, η = {eta:g}"
     torch.manual_seed(seed)
     try:
         samples = ddim.ddim_sample(36, ddim_steps, eta, frames=frames)
-        title = f"DDIM, {ddim_steps} steps, η = {eta}"
-        sample_grid(samples, out_dir / "samples.png", title, note)
-        print("Next: the samplers side by side, DDPM first; then real images to noise and back.")
+        sample_grid(samples, out_dir / "samples.png", f"{title}, {ddim_steps} steps", note)
+        print("Next: all samplers side by side. On a CPU that takes some minutes.")
         save_comparison(ddim, seed, out_dir, note)
         save_inversion(ddim, x_0, out_dir, note)
-        save_transitions(ddim, x_0, seed, out_dir, note)
+        save_transitions(ddim, x_0, seed, out_dir, note, short_note)
     except KeyboardInterrupt:
         sys.exit("Stopped while sampling. The training is saved; the same command samples again.")
     denoising_strip(frames, out_dir / "denoising.png", f"From noise to image, {title}", note)
-    short_note = f"{trainer.settings['DATASET']}, SEED = {seed}"
     denoising_gif(frames, out_dir / "denoising.gif", note=short_note)
     loss_curve(trainer.losses, out_dir / "loss.png", note=note)
-    print(f"Saved samples, speed, eta_and_steps, ... (.png, .gif) in {out_dir}")
+    print(f"Saved these and more as .png and .gif in {out_dir}")
 
 
 FIXED = (  # the settings that a checkpoint must agree with
@@ -1039,11 +1068,11 @@ if __name__ == "__main__":
     ddim = DDIM(trainer.averaged, betas, shape, device)  # NEW in 04
     size = sum(p.numel() for p in model.parameters())
     print(f"{len(images):,} images of {source}, {size:,} parameters, on {device}")
-    trainer.resume(find_checkpoint(out_dir, Path(OUT_DIR_02), settings))  # NEW in 04
+    adopt_checkpoint(out_dir, Path(OUT_DIR_02), settings, rank, world)  # NEW in 04
+    trainer.resume(out_dir / "checkpoint.pt")
     check_agreement((source, len(images), trainer.step), world)
     if COMPILE:
         model.compile()
-    some_images = to_batch(images[:16])
     note = f"{source}, EPOCHS = {EPOCHS}, BASE_CH = {BASE_CH}, T = {T}, SEED = {SEED}"
     for epoch in trainer.run(out_dir / "checkpoint.pt"):
         if rank == 0:
@@ -1051,4 +1080,4 @@ if __name__ == "__main__":
     parallel = ddpm_in_training.model = model  # lets go of DistributedDataParallel
     leave_processes(world)
     if rank == 0:
-        save_figures_of_sampling(ddim, trainer, some_images, DDIM_STEPS, ETA, out_dir, note)
+        save_figures_of_sampling(ddim, trainer, images, DDIM_STEPS, ETA, out_dir, note)

@@ -13,7 +13,8 @@ Fréchet distance   between the Gaussians that fit the classifier's 128 features
                    of samples, and is not comparable with FID.
 precision, recall  share of the samples that lie among the real images, and of the real images that
                    lie among the samples: within the distance of some image to its third neighbour
-                   (Kynkäänniemi et al. 2019, arXiv:1904.06991). How good, how diverse.
+                   (Kynkäänniemi et al. 2019, arXiv:1904.06991; here among 1,000 real test images,
+                   there 50,000 in the features of VGG-16). How good, how diverse.
 confident          share of the samples that the classifier reads with a probability above 0.8
 read as asked      share of the samples that the classifier takes for the digit that was asked for
 spread             mean distance between two samples of the same digit; real test images have 1
@@ -243,7 +244,7 @@ def benchmark_04(judge):
     ddim = module.DDIM(model, betas, (1, 28, 28), CPU)
     samplers = {("DDPM", ddim.T): lambda n, _: ddim.sample(n)}
     for eta in 0.0, 1.0:
-        for steps in 10, 20, 50, 100, 250:
+        for steps in 10, 20, 50, 100:
             name = f"DDIM, η = {eta:.0f}", steps
             samplers[name] = lambda n, _, s=steps, eta=eta: ddim.ddim_sample(n, s, eta)
     for steps in 10, 15, 20:

@@ -55,7 +55,7 @@ def make(function, T=1000, schedule=None, shape=(1, 4, 4)):
 
 def exact(ddim, x_T):
     """Where the differential equation takes x_T (float64) if the data are N(MEAN, STD²)."""
-    alpha_bar = ddim.alpha_bar[ddim.T - 1]
+    alpha_bar = ddim.alpha_bars[ddim.T - 1]
     spread = math.sqrt(alpha_bar * STD**2 + 1 - alpha_bar)
     return MEAN + STD * (x_T - math.sqrt(alpha_bar) * MEAN) / spread
 
@@ -150,15 +150,16 @@ def test_dpm_solver_is_that_of_diffusers(schedule, steps):
         timestep_spacing="trailing",
         final_sigmas_type="zero",
     )
-    scheduler.set_timesteps(steps)
-    assert scheduler.timesteps.tolist() == ddim.timesteps(steps)[:-1]
     x_T = torch.randn(3, 1, 4, 4)
+    ours = ddim.dpm_solver_sample(3, steps, x_T)
+    scheduler.set_timesteps(timesteps=list(ddim.model.calls))  # they may be chosen freely
+    assert scheduler.timesteps.tolist() == ddim.model.calls
+    assert len(ddim.model.calls) == steps and ddim.model.calls[0] == 999
     x_t = x_T
     for t in scheduler.timesteps:
         answer = ddim.model(x_t, torch.full((3,), t.item()))
         x_t = scheduler.step(answer, t, x_t).prev_sample
     # Theirs has float32's digits of ᾱ, and the cosine schedule's first step divides by 5e-5.
-    ours = ddim.dpm_solver_sample(3, steps, x_T)
     assert torch.allclose(ours, x_t, atol=1e-2 if schedule == "cosine" else 1e-4)
 
 
@@ -186,15 +187,18 @@ def test_eta_1_over_all_steps_is_ddpm(function, schedule):
         assert torch.allclose(ours, ddim.sample(8), atol=1e-4)
 
 
-def test_sigma_is_ddpms_posterior_deviation_in_double_precision():
-    ddim, betas = make(oracle)
+def test_sigma_is_ddpms_posterior_deviation_in_double_precision(monkeypatch):
+    ddim, betas = make(gentle)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    x_t = torch.randn(2, 1, 4, 4, dtype=torch.float64)
     for t in 1, 10, 500, 998, 999:
         before = alphas_cumprod[t - 1]
         wanted = ((1 - before) / (1 - alphas_cumprod[t]) * betas[t]).sqrt().item()
-        a, b = ddim.alpha_bar[t], ddim.alpha_bar[t - 1]
-        sigma = math.sqrt((1 - b) / (1 - a)) * math.sqrt(1 - a / b)
-        assert sigma == pytest.approx(wanted, rel=1e-9)
+        x_prev = []
+        for fill in torch.zeros_like, torch.ones_like:
+            monkeypatch.setattr(torch, "randn_like", fill)
+            x_prev.append(ddim.ddim_step(x_t, t, t - 1, eta=1.0)[0])
+        assert (x_prev[1] - x_prev[0]).mean().item() == pytest.approx(wanted, rel=1e-9)
 
 
 # %% Against the closed form
@@ -225,7 +229,7 @@ def test_dpm_solver_error_falls_faster():
     x_T = torch.randn(6, 1, 4, 4, dtype=torch.float64)
     counts = 10, 20, 40, 80
     first = errors(lambda s: ddim.ddim_sample(6, s, x_T=x_T), ddim, counts, x_T)
-    second = errors(lambda s: ddim.dpm_solver_sample(6, s, x_T), ddim, counts, x_T)
+    second = errors(lambda s: ddim.dpm_solver_sample(6, s, x_T, power=1), ddim, counts, x_T)
     assert all(second[s] < first[s] for s in counts)
     assert second[80] < 0.1 * second[20], "second order: a quarter for twice the steps"
 
@@ -252,7 +256,7 @@ def test_noise_is_recomputed_after_the_clamp():
     x_t = torch.randn(8, 1, 4, 4)
     x_0_pred, noise_pred = ddim.predict(x_t, 700)
     assert x_0_pred.abs().max() == 1, "the clamp acts"
-    a = ddim.alpha_bar[700]
+    a = ddim.alpha_bars[700]
     again = math.sqrt(a) * x_0_pred + math.sqrt(1 - a) * noise_pred
     assert torch.allclose(again, x_t, atol=1e-5)
 
@@ -271,6 +275,13 @@ def test_calls_and_shapes_and_frames():
     ddim.model.calls.clear()
     assert ddim.dpm_solver_sample(n=2, steps=15).shape == (2, 3, 4, 6)
     assert len(ddim.model.calls) == 15
+    ddim.model.calls.clear()
+    ddim.dpm_solver_sample(n=2, steps=50, power=1)
+    assert ddim.model.calls == ddim.timesteps(50)[:-1]
+    ddim.model.calls.clear()
+    ddim.dpm_solver_sample(n=2, steps=200)  # the shortest steps fall together
+    calls = ddim.model.calls
+    assert calls[0] == 999 and calls == sorted(set(calls), reverse=True) and 150 < len(calls) < 200
     assert ddim.sample(n=1).shape == (1, 3, 4, 6)
     assert ddim.ddim_sample().shape == (16, 3, 4, 6)
 
@@ -312,3 +323,11 @@ def test_invert_then_sample_comes_back_the_better_the_more_steps():
     x_T = ddim.ddim_invert(x_0, 1000)
     assert (exact(ddim, x_T) - x_0).abs().max() < 0.01
     assert x_T.std().item() == pytest.approx(1, abs=0.2)
+    # The network is asked at the beginning of each step; the first one starts from x_0 itself.
+    ddim.model.calls.clear()
+    ddim.ddim_invert(x_0, 50)
+    assert ddim.model.calls == [0, *range(19, 980, 20)]
+    a, b = ddim.alpha_bars[0], ddim.alpha_bars[999]
+    noise = oracle(x_0, None, torch.tensor(a, dtype=torch.float64))
+    wanted = math.sqrt(b) * x_0 + math.sqrt(1 - b) * noise
+    assert torch.allclose(ddim.ddim_invert(x_0, 1), wanted, atol=1e-6)

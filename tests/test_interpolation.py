@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-import utils.interpolation as interpolation
 from utils.interpolation import grid, interpolate, lerp, loop, slerp, transition_gif
 
 WEIGHTS = 0.0, 0.2, 0.5, 0.9, 1.0
@@ -103,6 +102,9 @@ def test_interpolate_goes_from_end_to_end_at_an_even_rate():
     unit = torch.nn.functional.normalize(points.flatten(2).double(), dim=2)
     angles = (unit[1:] * unit[:-1]).sum(2).arccos()  # (6, 2)
     assert torch.allclose(angles, angles[:1].expand(6, 2), atol=1e-4)
+    straight = interpolate(z_a, z_b, 7, "lerp")
+    assert torch.allclose(straight[2], lerp(z_a, z_b, 2 / 6), atol=1e-6)
+    assert not torch.allclose(straight[3], points[3], atol=0.1)
 
 
 def test_grid_has_its_corners_and_straight_rows():
@@ -149,4 +151,3 @@ def test_as_a_program(project):
     assert str(path) in done.stdout
     with Image.open(path) as picture:
         assert picture.width > 600
-    assert interpolation.__doc__.splitlines()[0]

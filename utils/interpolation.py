@@ -9,11 +9,13 @@ whatever the reader has, such as `ddim.ddim_sample(n, x_T=noise)` of 04.
 Run as a program, the file needs no training and leaves `outputs/interpolation/why_slerp.png`: why
 the straight line between two noises, `lerp`, is the wrong way, and the arc, `slerp`, the right one.
 In D dimensions nearly all Gaussian noise has a norm close to √D, like points on a sphere. The
-straight line between two such points cuts through the inside: half-way its norm is about 0.71 √D,
-and no model has ever seen noise so weak. The arc stays on the sphere.
+straight line between two such points cuts through the inside: half-way its norm is only about
+√½ · √D, as two noises are almost perpendicular. No model has ever seen noise so weak. The arc stays
+on the sphere.
 
-White 2016, Sampling Generative Networks, arXiv:1609.04468, proposes slerp for this; the formula is
-Shoemake 1985, Animating rotation with quaternion curves, SIGGRAPH.
+White 2016, Sampling Generative Networks, arXiv:1609.04468, proposes slerp for this, and DDIM
+(arXiv:2010.02502, section 5.3 and Eq. 67) uses it. The formula is Shoemake 1985, Animating rotation
+with quaternion curves, SIGGRAPH, for vectors of length 1; here the length is blended separately.
 """
 
 import math
@@ -37,7 +39,7 @@ def lerp(z_a, z_b, weight):
     tensor (B,) with one for each item. Right for what is no noise: pixels, label embeddings.
     Raises ValueError if the shapes differ.
     """
-    weight = _check(z_a, z_b, weight)
+    weight = _checked_weight(z_a, z_b, weight)
     return (1 - weight) * z_a + weight * z_b
 
 
@@ -50,10 +52,11 @@ def slerp(z_a, z_b, weight):
     lerp. Raises ValueError if the shapes differ, or if two vectors point in opposite directions:
     between those there are many arcs, and none is the shortest.
     """
-    weight = _check(z_a, z_b, weight)
-    weight = weight.flatten(1)  # (B, 1) or (1, 1)
-    a, b = z_a.flatten(1).double(), z_b.flatten(1).double()  # (B, D)
+    weight = _checked_weight(z_a, z_b, weight).flatten(1).cpu()  # (B, 1) or (1, 1)
+    # On the CPU in float64, which Apple's GPU does not have.
+    a, b = z_a.flatten(1).cpu().double(), z_b.flatten(1).cpu().double()  # (B, D)
     norm_a, norm_b = a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True)
+    # clamp: a vector of zeros has no direction, but must not divide by zero either
     unit_a, unit_b = a / norm_a.clamp(min=1e-30), b / norm_b.clamp(min=1e-30)
     # Shoemake:  (sin((1−w)·θ) · a + sin(w·θ) · b) / sin θ,  θ the angle between unit vectors a, b.
     # This form of θ keeps its digits for small angles, where the arc cosine would lose them.
@@ -66,10 +69,10 @@ def slerp(z_a, z_b, weight):
     share_b = torch.where(nearly_parallel, weight, (weight * theta).sin() / sine)
     direction = share_a * unit_a + share_b * unit_b
     z = ((1 - weight) * norm_a + weight * norm_b) * direction
-    return z.view_as(z_a).to(z_a.dtype)
+    return z.view_as(z_a).to(z_a)  # back to the dtype and the device of z_a
 
 
-def _check(z_a, z_b, weight):
+def _checked_weight(z_a, z_b, weight):
     """Return weight with axes to multiply (B, ...) by; raise ValueError if the shapes differ."""
     if z_a.shape != z_b.shape or z_a.ndim < 2:
         shapes = f"{tuple(z_a.shape)} and {tuple(z_b.shape)}"
@@ -77,7 +80,7 @@ def _check(z_a, z_b, weight):
     weight = torch.as_tensor(weight, dtype=z_a.dtype, device=z_a.device).reshape(-1)
     if len(weight) not in (1, len(z_a)):
         raise ValueError(f"{len(weight)} weights for {len(z_a)} items: give one, or one for each")
-    return weight.view(-1, *[1] * (z_a.ndim - 1))
+    return weight.view(-1, *(z_a.ndim - 1) * [1])  # (B, 1, 1, ...) or (1, 1, 1, ...)
 
 
 METHODS = {"lerp": lerp, "slerp": slerp}
@@ -86,7 +89,8 @@ METHODS = {"lerp": lerp, "slerp": slerp}
 def interpolate(z_a, z_b, steps, method="slerp"):
     """Return `steps` points from z_a (B, ...) to z_b, both ends included: (steps, B, ...).
 
-    method: "slerp" or "lerp". Raises ValueError for another, for fewer than 2 steps, and like them.
+    method: "slerp" or "lerp". One noise alone is z[:1], not z[0]: the first axis counts vectors.
+    Raises ValueError for any other method, for fewer than 2 steps, and where lerp and slerp do.
     """
     if method not in METHODS:
         raise ValueError(f"method = {method!r}: it must be 'slerp' or 'lerp'")
@@ -141,7 +145,7 @@ if __name__ == "__main__":
     digits = draw_digits(5000)[0].flatten(1).double() / 127.5 - 1  # (5000, 784)
     mean, covariance = digits.mean(0), digits.T.cov()
     values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     z = torch.randn(2, 1, 784, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     curves, images = {}, {}
     for name in METHODS:

@@ -392,7 +392,8 @@ def reconstruction_errors(errors, images, path, title="", note=""):
     left.plot(list(errors), list(errors.values()), "o-", color=BLUE)
     for steps, error in errors.items():
         left.annotate(f"{error:.3f}", (steps, error), (4, 5), textcoords="offset points")
-    left.set(xlabel="steps each way", ylabel="mean absolute error", xscale="log", yscale="log")
+    left.set(xlabel="steps each way", ylabel="mean absolute error (white − black = 2)")
+    left.set(xscale="log", yscale="log")
     left.set_xticks(list(errors), list(map(str, errors)))
     left.minorticks_off()
     left.margins(0.15, 0.15)
