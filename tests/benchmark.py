@@ -20,9 +20,11 @@ read as asked      share of the samples that the classifier takes for the digit 
 spread             mean distance between two samples of the same digit; real test images have 1
 """
 
+import hashlib
 import importlib.util
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -168,7 +170,7 @@ def load(name):
 
 
 def read_checkpoint(script, module, network):
-    """Return the trained network of a script, averaged weights, and its β; or say what to run."""
+    """Return a script's network with averaged weights, their digest, and β; or say what to run."""
     path = ROOT / "outputs" / Path(script).stem / "checkpoint.pt"
     if not path.exists():
         sys.exit(f"There is no {path}: run `python {script}` first.")
@@ -183,16 +185,27 @@ def read_checkpoint(script, module, network):
     alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
     model = network((1, 28, 28), *architecture, alphas_cumprod)
     model.load_state_dict(state["averaged"])
-    return model.eval().to(memory_format=torch.channels_last), betas
+    digest = hashlib.sha256()
+    for name, weight in state["averaged"].items():
+        digest.update(name.encode() + weight.numpy().tobytes())
+    return model.eval().to(memory_format=torch.channels_last), digest.hexdigest(), betas
 
 
-def in_parts(sample, size=250):
-    """Draw COUNT samples by calling sample(n, first) in parts, each with a seed of its own."""
-    parts = []
-    for first in range(0, COUNT, size):
-        torch.manual_seed(SEED + first)
-        parts.append(sample(min(size, COUNT - first), first))
-    return torch.cat(parts)
+def draw(name, digest, sample, folder=OUT_DIR, size=250):
+    """Return COUNT samples, drawn by sample(n, first) in parts after seeding once.
+
+    They are kept in folder under this name, and used again while the weights have this digest.
+    """
+    path = folder / f"{name}.pt"
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        if kept["digest"] == digest and len(kept["samples"]) == COUNT:
+            return kept["samples"]
+    torch.manual_seed(SEED)
+    parts = [sample(min(size, COUNT - first), first) for first in range(0, COUNT, size)]
+    samples = torch.cat(parts)
+    torch.save({"digest": digest, "samples": samples}, path)
+    return samples
 
 
 def print_table(rows):
@@ -212,27 +225,33 @@ def in_words(scores):
 
 
 def benchmark_03(judge):
-    """Score 03 at several guidance scales, by the DDIM sampler of 04 with 50 steps."""
+    """Score 03 at several guidance scales by 50 DDIM steps, and at one by all its own steps."""
     script, ddim_script = "03_conditional_ddpm.py", "04_ddim_fast_sampling.py"
     module, ddim_module = load(script), load(ddim_script)
-    model, betas = read_checkpoint(script, module, module.ConditionalUNet)
+    model, digest, betas = read_checkpoint(script, module, module.ConditionalUNet)
     shape, labels = (1, 28, 28), torch.arange(COUNT) % 10
-    digits = module.CLASS_NAMES["MNIST"]
-    ddpm = module.GuidedDDPM(model, betas, shape, CPU, 0.1, digits)
+    ddpm = module.GuidedDDPM(model, betas, shape, CPU, 0.1, module.CLASS_NAMES["MNIST"])
+
+    def by_ddim(n, first, scale):
+        def guided(x_t, t):
+            return ddpm.guided_noise(x_t, t, labels[first : first + n], scale)
+
+        return ddim_module.DDIM(guided, betas, shape, CPU).ddim_sample(n, 50)
+
     rows, results = [], {}
     for scale in SCALES:
-
-        def sample(n, first, scale=scale):
-            def guided(x_t, t):
-                return ddpm.guided_noise(x_t, t, labels[first : first + n], scale)
-
-            return ddim_module.DDIM(guided, betas, shape, CPU).ddim_sample(n, 50)
-
-        results[scale] = judge.score(in_parts(sample), labels)
-        rows.append({"guidance scale": scale, **in_words(results[scale])})
+        samples = draw(f"03_ddim_50_scale_{scale}", digest, partial(by_ddim, scale=scale))
+        results[scale] = judge.score(samples, labels)
+        rows.append({"guidance scale": scale, "sampler": "DDIM, 50", **in_words(results[scale])})
         print(rows[-1], file=sys.stderr)
+
+    def by_ddpm(n, first):
+        return ddpm.sample(n, labels[first : first + n], 3.0)
+
+    scores = judge.score(draw("03_ddpm_scale_3", digest, by_ddpm), labels)
+    rows.append({"guidance scale": 3, "sampler": f"DDPM, {ddpm.T}", **in_words(scores)})
     print_table(rows)
-    note = f"{COUNT:,} samples each, DDIM with 50 steps, seed {SEED}"
+    note = f"MNIST, {COUNT:,} samples each, DDIM with 50 steps, seed {SEED}"
     print(f"Saved {trade_off(results, OUT_DIR / 'guidance_trade_off.png', note=note)}")
 
 
@@ -240,21 +259,21 @@ def benchmark_04(judge):
     """Score each sampler of 04."""
     script = "04_ddim_fast_sampling.py"
     module = load(script)
-    model, betas = read_checkpoint(script, module, module.UNet)
+    model, digest, betas = read_checkpoint(script, module, module.UNet)
     ddim = module.DDIM(model, betas, (1, 28, 28), CPU)
-    samplers = {("DDPM", ddim.T): lambda n, _: ddim.sample(n)}
-    for eta in 0.0, 1.0:
-        for steps in 10, 20, 50, 100:
-            name = f"DDIM, η = {eta:.0f}", steps
-            samplers[name] = lambda n, _, s=steps, eta=eta: ddim.ddim_sample(n, s, eta)
-    for steps in 10, 15, 20:
-        name = "DPM-Solver++(2M)", steps
-        samplers[name] = lambda n, _, s=steps: ddim.dpm_solver_sample(n, s)
     rows = []
-    for (name, steps), sample in reversed(samplers.items()):  # the slow one last
-        scores = in_words(judge.score(in_parts(sample)))
-        rows.insert(0, {"sampler": name, "calls of the network": steps, **scores})
-        print(rows[0], file=sys.stderr)
+    for name, sampler, all_steps in (
+        ("DDPM", lambda n, _: ddim.sample(n), (ddim.T,)),
+        ("DDIM, η = 0", ddim.ddim_sample, (10, 15, 20, 50, 100)),
+        ("DDIM, η = 1", partial(ddim.ddim_sample, eta=1.0), (10, 15, 20, 50, 100)),
+        ("DPM-Solver++(2M)", ddim.dpm_solver_sample, (10, 15, 20)),
+    ):
+        for steps in all_steps:
+            file = f"04_{name}_{steps}".replace(", η = ", "_eta_")
+            samples = draw(file, digest, lambda n, _, s=steps, sample=sampler: sample(n, s))
+            scores = in_words(judge.score(samples))
+            rows.append({"sampler": name, "calls of the network": steps, **scores})
+            print(rows[-1], file=sys.stderr)
     print_table(rows)
 
 

@@ -32,14 +32,17 @@ def test_spread_within_classes():
     assert wide == pytest.approx(2 * spread) and 1 < spread < 4
 
 
-def test_samples_come_in_parts_with_a_seed_each():
+def test_samples_come_in_parts_and_are_kept_while_the_weights_are_the_same(tmp_path):
     firsts = []
 
     def sample(n, first):
         firsts.append((n, first))
         return torch.randn(n, 1)
 
-    samples = benchmark.in_parts(sample, size=300)
+    samples = benchmark.draw("x", "weights 1", sample, tmp_path, size=300)
     assert firsts == [(300, 0), (300, 300), (300, 600), (100, 900)] and len(samples) == 1000
     assert not torch.equal(samples[:100], samples[300:400])
-    assert torch.equal(samples, benchmark.in_parts(sample, size=300))
+    assert torch.equal(samples, benchmark.draw("x", "weights 1", sample, tmp_path))
+    assert len(firsts) == 4, "not drawn again"
+    again = benchmark.draw("x", "weights 2", sample, tmp_path, size=300)
+    assert len(firsts) == 8 and torch.equal(samples, again), "drawn again, from the same seed"

@@ -60,8 +60,9 @@ def test_layout_of_a_script(path):
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
     titles = re.findall(r"(?m)^# %% \d\. (.+)$", text)
-    assert len(titles) == len(SECTIONS)
-    for title, section in zip(titles, SECTIONS):
+    sections = [*SECTIONS[:4], *(["VAE"] if path.name.startswith("05") else []), *SECTIONS[4:]]
+    assert len(titles) == len(sections)
+    for title, section in zip(titles, sections):
         assert title.startswith(section)
     assert max(len(line) for line in text.splitlines()) <= 100
     assert 25 <= len(ast.get_docstring(tree).splitlines()) <= 40

@@ -206,3 +206,60 @@ def test_schedules_are_those_of_diffusers():
     cosine = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod
     assert (visualize._linear_alphas_cumprod().float() - linear).abs().max() < 1e-6
     assert (visualize._cosine_alphas_cumprod().float() - cosine).abs().max() < 1e-6
+
+
+def scores(recall):
+    names = "read as asked", "recall", "spread", "Fréchet distance"
+    return {scale: dict(zip(names, (0.9, recall, 0.5, 2.0))) for scale in (0, 1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("draw", "one", "other"),
+    [
+        (visualize.table, (["a", "b"], [["x", "1"]]), (["a", "b"], [["x", "2"]])),
+        (
+            visualize.reconstruction_errors,
+            ({10: 0.1, 20: 0.05}, {"image": torch.zeros(3, 1, 8, 8)}),
+            ({10: 0.1, 20: 0.02}, {"image": torch.zeros(3, 1, 8, 8)}),
+        ),
+        (
+            visualize.blend_comparison,
+            ({"lerp": [1, 0.7, 1]}, {"lerp": torch.zeros(3, 1, 8, 8)}),
+            ({"lerp": [1, 0.9, 1]}, {"lerp": torch.zeros(3, 1, 8, 8)}),
+        ),
+        (visualize.trade_off, (scores(0.9),), (scores(0.3),)),
+        (
+            visualize.latent_pictures,
+            (torch.zeros(3, 1, 8, 8), torch.zeros(4, 3, 2, 2)),
+            (torch.zeros(3, 3, 8, 8), torch.ones(4, 3, 2, 2)),
+        ),
+        (
+            visualize.latent_scaling,
+            (torch.linspace(-3, 3, 1000), 0.5, torch.linspace(0.99, 0.01, 50)),
+            (torch.linspace(-3, 3, 1000), 2.0, torch.linspace(0.99, 0.01, 50)),
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_figures_show_what_they_are_given(tmp_path, draw, one, other):
+    first = pixels(draw(*one, tmp_path / "one.png"))
+    second = pixels(draw(*other, tmp_path / "other.png"))
+    assert min(first.shape[:2]) > 80 and first.std() > 5
+    assert first.shape != second.shape or not np.array_equal(first, second)
+    assert sorted(os.listdir(tmp_path)) == ["one.png", "other.png"]
+
+
+def test_half_hidden_is_where_signal_and_noise_are_equal(tmp_path, monkeypatch):
+    """With ᾱ falling evenly from 1 to 0, latents of variance 1 are half hidden in the middle."""
+    texts = []
+
+    def keep(fig, path):
+        texts.extend(text.get_text() for text in fig.axes[1].get_legend().get_texts())
+        return path
+
+    monkeypatch.setattr(visualize, "_save", keep)
+    latents = 2 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    alphas_cumprod = torch.linspace(0.999, 0.001, 1000)
+    visualize.latent_scaling(latents, 0.5, alphas_cumprod, tmp_path / "x.png")
+    at = [int(text.split("t = ")[1]) for text in texts]
+    assert at[0] == pytest.approx(800, abs=5) and at[1] == pytest.approx(500, abs=5)

@@ -38,6 +38,8 @@ __all__ = [
     "forward_process",
     "grid_gif",
     "image_table",
+    "latent_pictures",
+    "latent_scaling",
     "loss_curve",
     "reconstruction_errors",
     "sample_grid",
@@ -227,7 +229,8 @@ def image_table(images, path, column_names, row_names, title="", note=""):
     columns, rows = len(column_names), len(row_names)
     if len(images) != rows * columns:
         raise ValueError(f"{len(images)} images do not fill {rows} rows of {columns}")
-    fig = _figure(0.75 * columns + 1.2, 0.75 * rows + 1.1, title, note)
+    longest = max(map(len, row_names))
+    fig = _figure(0.75 * columns + 0.4 + 0.08 * longest, 0.75 * rows + 1.1, title, note)
     _show_tiles(fig.subplots(), images, columns, 2, column_names, row_names)
     return _save(fig, path)
 
@@ -399,6 +402,44 @@ def reconstruction_errors(errors, images, path, title="", note=""):
     left.margins(0.15, 0.15)
     columns = len(next(iter(images.values())))
     _show_tiles(right, torch.cat(list(images.values())), columns, 2, (), list(images))
+    return _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def latent_pictures(images, channels, path, title="Images and their latents", note=""):
+    """Save images (B, C, H, W) in [-1, 1] and below each the channels (K, B, h, w) of its latents.
+
+    Channels are shown from -1 (black) to 1 (white).
+    """
+    side = images.shape[-1]
+    large = [F.interpolate(channel[:, None].cpu(), size=(side, side)) for channel in channels]
+    rows = [images.cpu().expand(-1, 3, -1, -1)] + [c.expand(-1, 3, -1, -1) for c in large]
+    names = ["image"] + [f"channel {k}" for k in range(len(channels))]
+    return image_table(torch.cat(rows), path, [""] * len(images), names, title, note)
+
+
+@matplotlib.rc_context(STYLE)
+def latent_scaling(latents, scale, alphas_cumprod, path, title="Why latents are scaled", note=""):
+    """Save how latents (N, ...) spread, as they are and times scale, and what the noise hides.
+
+    alphas_cumprod: ᾱ, float (T,).
+    """
+    values = latents.flatten()[:500_000].detach().float().cpu()
+    fig = _figure(9.5, 4, title, note)
+    left, right = fig.subplots(1, 2)
+    edges = np.linspace(-4, 4, 81)
+    for factor, colour, label in (1, ORANGE, "as they are"), (scale, BLUE, f"times {scale:.3g}"):
+        shown = (values * factor).numpy()
+        left.hist(shown, edges, density=True, histtype="step", color=colour, label=label)
+        variance = (values * factor).var().item()
+        snr = (variance * alphas_cumprod / (1 - alphas_cumprod)).cpu().log()
+        right.plot(snr, color=colour, label=f"{label}: half hidden at t = {(snr > 0).sum()}")
+    gaussian = np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)
+    left.plot(edges, gaussian, color=GREY, linestyle="--", label="N(0, 1)")
+    left.set(title="Values of the latents", xlabel="value", ylabel="density")
+    right.set(title="Signal-to-noise ratio in z_t", xlabel="t", ylabel="log SNR", ylim=(-12, 10))
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
     return _save(fig, path)
 
 
