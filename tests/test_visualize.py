@@ -262,4 +262,4 @@ def test_half_hidden_is_where_signal_and_noise_are_equal(tmp_path, monkeypatch):
     alphas_cumprod = torch.linspace(0.999, 0.001, 1000)
     visualize.latent_scaling(latents, 0.5, alphas_cumprod, tmp_path / "x.png")
     at = [int(text.split("t = ")[1]) for text in texts]
-    assert at[0] == pytest.approx(800, abs=5) and at[1] == pytest.approx(500, abs=5)
+    assert at == [pytest.approx(800, abs=5), pytest.approx(500, abs=5), pytest.approx(990, abs=5)]

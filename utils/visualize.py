@@ -230,7 +230,7 @@ def image_table(images, path, column_names, row_names, title="", note=""):
     if len(images) != rows * columns:
         raise ValueError(f"{len(images)} images do not fill {rows} rows of {columns}")
     longest = max(map(len, row_names))
-    fig = _figure(0.75 * columns + 0.4 + 0.08 * longest, 0.75 * rows + 1.1, title, note)
+    fig = _figure(0.75 * columns + 0.5 + 0.085 * longest, 0.75 * rows + 1.1, title, note)
     _show_tiles(fig.subplots(), images, columns, 2, column_names, row_names)
     return _save(fig, path)
 
@@ -434,6 +434,9 @@ def latent_scaling(latents, scale, alphas_cumprod, path, title="Why latents are 
         variance = (values * factor).var().item()
         snr = (variance * alphas_cumprod / (1 - alphas_cumprod)).cpu().log()
         right.plot(snr, color=colour, label=f"{label}: half hidden at t = {(snr > 0).sum()}")
+    snr = (100 * variance * alphas_cumprod / (1 - alphas_cumprod)).cpu().log()
+    label = f"were they 10 times as large: at t = {(snr > 0).sum()}"
+    right.plot(snr, color=GREY, linestyle="--", label=label)
     gaussian = np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)
     left.plot(edges, gaussian, color=GREY, linestyle="--", label="N(0, 1)")
     left.set(title="Values of the latents", xlabel="value", ylabel="density")

@@ -1,0 +1,251 @@
+"""05's autoencoder and its diffusion on latents, against closed forms."""
+
+import math
+
+import pytest
+import torch
+from conftest import load
+from torch import nn
+
+script = load("05_latent_diffusion.py")
+CPU = torch.device("cpu")
+
+
+def make_vae(shape=(1, 28, 28), latent_ch=4, random=True):
+    torch.manual_seed(0)
+    vae = script.VAE(shape, 8, latent_ch)
+    for parameter in vae.parameters():
+        if random and parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
+    return vae.eval()
+
+
+# %% The autoencoder
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 32, 32), (3, 28, 28)])
+@pytest.mark.parametrize("latent_ch", [1, 4])
+def test_shapes(shape, latent_ch):
+    vae = make_vae(shape, latent_ch)
+    x = torch.rand(5, *shape) * 2 - 1
+    mean, log_variance = vae.encode(x)
+    assert mean.shape == log_variance.shape == (5, latent_ch, 8, 8)
+    assert vae.decode(mean).shape == x.shape
+    reconstruction, mean_again, _ = vae(x)
+    assert reconstruction.shape == x.shape and torch.equal(mean_again, mean)
+
+
+def test_decoded_images_are_in_range_but_reconstructions_in_training_are_not_clamped():
+    vae = make_vae()
+    z = 100 * torch.randn(4, 4, 8, 8)
+    assert vae.decode(z).min() >= -1 and vae.decode(z).max() <= 1
+    assert vae.reconstruct(z).abs().max() > 1
+
+
+def test_every_pixel_reaches_the_latents_and_comes_back_at_its_place():
+    vae = make_vae()
+    x = torch.zeros(1, 1, 28, 28, requires_grad=True)
+    vae.encode(x)[0].sum().backward()
+    assert (x.grad != 0).all()
+    # Padding and cropping undo each other: with layers that change nothing, images come back.
+    vae.encoder, vae.decoder = nn.Identity(), nn.Identity()
+    x = torch.randn(2, 2, 28, 28)
+    padded = torch.cat(vae.encode(x), dim=1)
+    assert padded.shape == (2, 2, 32, 32)
+    assert torch.equal(vae.reconstruct(padded), x)
+
+
+def test_loss_is_squared_error_and_kl_divergence_per_value():
+    x, reconstruction = torch.randn(6, 1, 28, 28), torch.randn(6, 1, 28, 28)
+    mean, log_variance = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8)
+    own = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    kl = torch.distributions.kl_divergence(own, torch.distributions.Normal(0.0, 1.0))
+    wanted = (x - reconstruction).square().mean() + 0.3 * kl.sum() / 6 / 784
+    loss = script.vae_loss(x, reconstruction, mean, log_variance, 0.3)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    nothing = torch.zeros_like(mean)
+    assert script.vae_loss(x, x, nothing, nothing, 0.3).item() == 0
+    less = script.vae_loss(x, x, mean, log_variance, 0.1)
+    assert script.vae_loss(x, x, mean, log_variance, 0.2).item() == pytest.approx(2 * less.item())
+
+
+def test_reparameterisation_lets_gradients_through_to_mean_and_deviation():
+    vae = make_vae()
+    reconstruction, mean, log_variance = vae(torch.randn(8, 1, 28, 28).clamp(-1, 1))
+    for latent in mean, log_variance:
+        (gradient,) = torch.autograd.grad(reconstruction.square().sum(), latent, retain_graph=True)
+        assert gradient.abs().max() > 0
+
+
+def test_latents_are_drawn_with_their_deviation():
+    vae = make_vae()
+    vae.encode = lambda x: (torch.full((500, 4, 8, 8), 3.0), torch.full((500, 4, 8, 8), -2.0))
+    drawn = []
+    vae.reconstruct = drawn.append
+    vae(torch.zeros(500, 1, 28, 28))
+    assert drawn[0].mean().item() == pytest.approx(3, abs=0.01)
+    assert drawn[0].std().item() == pytest.approx(math.exp(-1), rel=0.01)
+
+
+# %% Scaling
+
+
+def test_scaled_latents_have_unit_variance():
+    vae = make_vae()
+    images = torch.randint(0, 256, (700, 1, 28, 28), dtype=torch.uint8)
+    mean, deviation, scale = script.encode_all(vae, images)
+    assert mean.shape == deviation.shape == (700, 4, 8, 8)
+    drawn = mean + deviation * torch.randn_like(mean)
+    assert (drawn * scale).std().item() == pytest.approx(1, abs=0.01)
+    one, log_variance = vae.encode(script.to_batch(images[600:601]))
+    assert torch.allclose(mean[600:601], one, atol=1e-5)
+    assert torch.allclose(deviation[600:601], (log_variance / 2).exp(), atol=1e-5)
+
+
+# %% Diffusion
+
+
+class Network(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, z_t, t):
+        return self.function(z_t, t)
+
+
+class PlainVAE(nn.Module):
+    """Latents are the image's own values."""
+
+    def encode(self, x):
+        return x, torch.full_like(x, -30.0)
+
+    def decode(self, z):
+        return z
+
+
+def make(function, T=1000, scale=1.0, vae=None, shape=(4, 8, 8)):
+    betas = script.cosine_beta_schedule(T)
+    model = Network(function)
+    return script.LatentDiffusion(model, vae or PlainVAE(), scale, betas, shape, CPU)
+
+
+MEAN, STD = 2.0, 0.8  # of latents whose noise is known exactly; far outside of [-1, 1]
+
+
+def oracle(alphas_cumprod):
+    def noise(z_t, t):
+        a = alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (1 - a).sqrt() * (z_t - a.sqrt() * MEAN) / (a * STD**2 + 1 - a)
+
+    return noise
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_sampling_with_an_oracle_gives_the_right_latents(eta):
+    ldm = make(None, scale=0.5)
+    ldm.model = Network(oracle(ldm.alphas_cumprod))
+    images = ldm.sample(60, 200, eta)
+    assert images.mean().item() == pytest.approx(MEAN / 0.5, abs=0.06)
+    assert images.std().item() == pytest.approx(STD / 0.5, rel=0.05)
+
+
+def test_no_clamp_touches_the_latents():
+    """A latent of 5 survives, in a step and in the whole way."""
+
+    def five(z_t, t):
+        a = ldm.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (z_t - a.sqrt() * 5) / (1 - a).sqrt()
+
+    ldm = make(five)
+    _, z_0_pred = ldm.ddim_step(torch.randn(3, 4, 8, 8), 600, 500, 0.0)
+    assert torch.allclose(z_0_pred, torch.tensor(5.0), atol=1e-2)
+    assert torch.allclose(ldm.sample(3, 20), torch.tensor(5.0), atol=1e-2)
+
+
+def test_scale_is_applied_on_the_way_in_and_undone_on_the_way_out():
+    ldm = make(None, scale=0.25)
+    x = torch.randn(3, 4, 8, 8)
+    assert torch.allclose(ldm.encode(x), 0.25 * x)
+    assert torch.allclose(ldm.decode(ldm.encode(x)), x)
+    vae = make_vae((4, 8, 8))
+    ldm = make(None, scale=0.25, vae=vae)
+    mean, log_variance = vae.encode(x)
+    draw = torch.randn_like(mean)
+    wanted = 0.25 * (mean + (log_variance / 2).exp() * draw)
+    assert torch.allclose(ldm.encode(x, draw), wanted, atol=1e-6)
+
+
+def test_loss_of_the_oracle_is_the_unavoidable_one():
+    ldm = make(None)
+    ldm.model = Network(oracle(ldm.alphas_cumprod))
+    z_0 = MEAN + STD * torch.randn(4000, 4, 2, 2)
+    a = ldm.alphas_cumprod.double()
+    unavoidable = a * STD**2 / (a * STD**2 + 1 - a)  # Var[ε | z_t]
+    wanted = (unavoidable / a.sqrt()).mean().item()
+    assert ldm.loss(z_0).item() == pytest.approx(wanted, rel=0.05)
+    ldm.model = Network(lambda z_t, t: 0 * z_t)
+    assert ldm.loss(z_0).item() > 1.2 * wanted
+
+
+def test_from_a_noisy_latent_on():
+    """The first step is that of `start`, and the last one ends at the clean latent."""
+    asked = []
+
+    def function(z_t, t):
+        asked.append(t[0].item())
+        return oracle(ldm.alphas_cumprod)(z_t, t)
+
+    ldm = make(function)
+    z_0 = torch.full((2, 4, 8, 8), MEAN)
+    t = torch.full((2,), 300)
+    z_t = script.q_sample(z_0, t, torch.randn_like(z_0), ldm.alphas_cumprod)
+    ldm.sample(z_t=z_t, start=300, ddim_steps=7)
+    assert len(asked) == 7 and asked[0] == 300 and asked[-1] == 42
+    for bad in ({"start": 1000}, {"start": -1}, {"start": 500}, {"eta": 2}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            ldm.sample(2, **bad)
+    with pytest.raises(ValueError, match="1 to 6"):
+        ldm.sample(z_t=z_t, start=5, ddim_steps=7)
+    ldm.model = Network(lambda z_t, t: (z_t - a[t[0]].sqrt() * 5) / (1 - a[t[0]]).sqrt())
+    a = ldm.alphas_cumprod
+    assert torch.allclose(
+        ldm.sample(z_t=z_t, start=300, ddim_steps=7), torch.tensor(5.0), atol=0.01
+    )
+    for steps in 0, 1001, 2.5, "x":
+        with pytest.raises(ValueError, match="ddim_steps = "):
+            ldm.sample(2, steps)
+
+
+def test_frames_are_images():
+    ldm = make(lambda z_t, t: z_t, vae=make_vae(), scale=0.5)
+    frames = []
+    images = ldm.sample(3, 5, frames=frames)
+    assert [t for t, _, _ in frames] == [999, 799, 599, 399, 199, -1]
+    assert all(x.shape == y.shape == (3, 1, 28, 28) for _, x, y in frames)
+    assert torch.equal(frames[-1][1], images)
+
+
+# %% Stage 1 and the bill
+
+
+def test_the_autoencoder_learns_and_its_digest_tells_weights_apart(tmp_path):
+    images = script.draw_digits(512)[0][:, None]
+    settings = {"DATASET": "DRAWN", "LATENT_CH": 4, "VAE_CH": 8, "VAE_EPOCHS": 5, "FLIP": False}
+    settings |= {"KL_WEIGHT": 0.002, "BATCH_SIZE": 32, "LEARNING_RATE": 0.02}
+    settings |= {"EMA_DECAY": 0.999, "SEED": 0}
+    torch.manual_seed(0)
+    vae = script.VAE((1, 28, 28), 8, 4)
+    before = script.digest_of(vae)
+    trained = script.train_vae(vae, images, settings, tmp_path / "vae.pt", 0, 1)
+    x = script.to_batch(images)
+    with torch.no_grad():
+        error = (trained.decode(trained.encode(x)[0]) - x).square().mean()
+    assert error < 0.6 * (x - x.mean(0)).square().mean(), "far better than the mean image"
+    assert before != script.digest_of(trained) == script.digest_of(trained)
+
+
+def test_training_cost_counts_what_is_kept():
+    weight = torch.ones(1000, requires_grad=True)
+    seconds, megabytes = script.training_cost(lambda: weight.exp().sum())
+    assert megabytes == pytest.approx(0.004) and 0 < seconds < 1
