@@ -933,9 +933,8 @@ def compare_samplers(ddim, seed, count=64):
         ("DDIM, η = 1", partial(ddim.ddim_sample, eta=1.0), (10, 15, 20, 50, 100)),
         ("DPM-Solver++(2M)", ddim.dpm_solver_sample, (10, 15, 20)),
     ):
-        for steps in all_steps:
-            if steps <= ddim.T:
-                runs[name, steps] = partial(sampler, count, steps)
+        for steps in [n for n in all_steps if n <= ddim.T] or [1]:
+            runs[name, steps] = partial(sampler, count, steps)
     ddim.ddim_sample(count, 1)  # the first call with so many images is slow: it does not count
     results = {}
     for key, run in runs.items():
