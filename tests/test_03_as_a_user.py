@@ -38,7 +38,7 @@ def prepare(project, count=200, **constants):
 
 def test_from_start_to_pictures_and_again(project):
     prepare(project, count=600, EPOCHS=3)
-    done = project.run(SCRIPT)
+    done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
     assert str(project.folder) in done.stdout
     previews = ["samples_epoch_001.png", "samples_epoch_002.png"]
@@ -131,7 +131,7 @@ def test_rows_of_the_grid_are_the_classes(project):
     images[labels == 3] = 255
     project.lay_mnist(images, labels)
     project.edit(SCRIPT, **{**SMALL, "T": 50, "EPOCHS": 12, "BATCH_SIZE": 20, "PREVIEW_EVERY": 99})
-    assert project.run(SCRIPT).returncode == 0
+    assert project.run_here(SCRIPT).returncode == 0
     path = project.folder / "outputs" / "03_conditional_ddpm" / "samples.png"
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("L")).astype(float)

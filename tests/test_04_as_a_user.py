@@ -45,7 +45,7 @@ def prepare(project, count=200, script=SCRIPT, **constants):
 
 def test_from_start_to_pictures_and_again(project):
     prepare(project, DDIM_STEPS=7)
-    done = project.run(SCRIPT)
+    done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
     assert project.outputs(SCRIPT) == sorted([*FILES, "samples_epoch_001.png"])
     project.check_pictures(SCRIPT, others=["checkpoint.pt"])

@@ -49,7 +49,7 @@ def folder_of(project):
 
 def test_from_start_to_pictures_and_again(project):
     prepare(project)
-    done = project.run(SCRIPT)
+    done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
     assert project.outputs(SCRIPT) == sorted([*FILES, "samples_epoch_001.png"])
     project.check_pictures(SCRIPT, others=OTHERS)
