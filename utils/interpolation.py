@@ -154,4 +154,4 @@ if __name__ == "__main__":
         images[name] = (mean + between @ root).view(-1, 1, 28, 28)
     folder = Path(__file__).resolve().parent.parent / "outputs" / "interpolation"
     note = "noise of 784 numbers, seed 0; a Gaussian model of drawn digits"
-    print(f"Saved {blend_comparison(curves, images, folder / 'why_slerp.png', note)}")
+    print(f"Saved {blend_comparison(curves, images, folder / 'why_slerp.png', note=note)}")
