@@ -4,8 +4,9 @@
     python 04_ddim_fast_sampling.py && python tests/benchmark.py 04
 
 needs real MNIST in `data/` and the checkpoints that the scripts leave. It prints the tables of the
-README in Markdown and leaves pictures in `outputs/benchmark/`. The images are judged by a digit
-classifier, trained on MNIST here within two minutes and kept in `outputs/benchmark/classifier.pt`:
+README in Markdown and leaves pictures in `outputs/benchmark/`, and all samples that it has drawn:
+stopped, it goes on there; with other weights or another script it draws anew. The images are judged
+by a digit classifier, trained on MNIST here within two minutes and kept there as well:
 
 Fréchet distance   between the Gaussians that fit the classifier's 128 features of the samples and
                    of MNIST's 60,000 training images; as FID does it with the features of Inception
@@ -22,6 +23,7 @@ spread             mean distance between two samples of the same digit; real tes
 
 import hashlib
 import importlib.util
+import os
 import platform
 import sys
 from functools import partial
@@ -41,6 +43,7 @@ OUT_DIR = ROOT / "outputs" / "benchmark"
 SCALES = 0, 1, 2, 3, 5, 7, 10
 COUNT, SEED = 1000, 123  # samples to score, and the seed of their noise
 CPU = torch.device("cpu")
+DDIM_SCRIPT = "04_ddim_fast_sampling.py"  # samples for 03 as well, being faster
 
 
 # %% The judge
@@ -113,7 +116,7 @@ class Judge:
             self.model.load_state_dict(torch.load(path, weights_only=True))
         else:
             self.model = train_classifier()
-            torch.save(self.model.state_dict(), path)
+            save_atomically(self.model.state_dict(), path)
         self.train_features, _ = look(self.model, read_mnist(train=True)[0])
         images, labels = read_mnist(train=False)
         self.test_features, guesses = look(self.model, images)
@@ -136,6 +139,16 @@ class Judge:
             real_spread = spread_within_classes(self.test_features, self.test_labels)
             scores["spread"] = spread_within_classes(features, labels) / real_spread
         return scores
+
+
+def save_atomically(contents, path):
+    """Save by way of a temporary file: whatever interrupts it leaves no half file behind."""
+    partial_file = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(contents, partial_file)
+        os.replace(partial_file, path)
+    finally:
+        partial_file.unlink(missing_ok=True)
 
 
 def frechet_distance(a, b):
@@ -170,7 +183,7 @@ def load(name):
 
 
 def read_checkpoint(script, module, network):
-    """Return a script's network with averaged weights, their digest, and β; or say what to run."""
+    """Return a script's network with averaged weights, a digest, and β; or say what to run."""
     path = ROOT / "outputs" / Path(script).stem / "checkpoint.pt"
     if not path.exists():
         sys.exit(f"There is no {path}: run `python {script}` first.")
@@ -185,7 +198,7 @@ def read_checkpoint(script, module, network):
     alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
     model = network((1, 28, 28), *architecture, alphas_cumprod)
     model.load_state_dict(state["averaged"])
-    digest = hashlib.sha256()
+    digest = hashlib.sha256((ROOT / script).read_bytes() + (ROOT / DDIM_SCRIPT).read_bytes())
     for name, weight in state["averaged"].items():
         digest.update(name.encode() + weight.numpy().tobytes())
     return model.eval().to(memory_format=torch.channels_last), digest.hexdigest(), betas
@@ -194,7 +207,8 @@ def read_checkpoint(script, module, network):
 def draw(name, digest, sample, folder=OUT_DIR, size=250):
     """Return COUNT samples, drawn by sample(n, first) in parts after seeding once.
 
-    They are kept in folder under this name, and used again while the weights have this digest.
+    They are kept in folder under this name, and used again while weights and scripts have this
+    digest.
     """
     path = folder / f"{name}.pt"
     if path.exists():
@@ -204,7 +218,7 @@ def draw(name, digest, sample, folder=OUT_DIR, size=250):
     torch.manual_seed(SEED)
     parts = [sample(min(size, COUNT - first), first) for first in range(0, COUNT, size)]
     samples = torch.cat(parts)
-    torch.save({"digest": digest, "samples": samples}, path)
+    save_atomically({"digest": digest, "samples": samples}, path)
     return samples
 
 
@@ -226,8 +240,8 @@ def in_words(scores):
 
 def benchmark_03(judge):
     """Score 03 at several guidance scales by 50 DDIM steps, and at one by all its own steps."""
-    script, ddim_script = "03_conditional_ddpm.py", "04_ddim_fast_sampling.py"
-    module, ddim_module = load(script), load(ddim_script)
+    script = "03_conditional_ddpm.py"
+    module, ddim_module = load(script), load(DDIM_SCRIPT)
     model, digest, betas = read_checkpoint(script, module, module.ConditionalUNet)
     shape, labels = (1, 28, 28), torch.arange(COUNT) % 10
     ddpm = module.GuidedDDPM(model, betas, shape, CPU, 0.1, module.CLASS_NAMES["MNIST"])
@@ -257,9 +271,8 @@ def benchmark_03(judge):
 
 def benchmark_04(judge):
     """Score each sampler of 04."""
-    script = "04_ddim_fast_sampling.py"
-    module = load(script)
-    model, digest, betas = read_checkpoint(script, module, module.UNet)
+    module = load(DDIM_SCRIPT)
+    model, digest, betas = read_checkpoint(DDIM_SCRIPT, module, module.UNet)
     ddim = module.DDIM(model, betas, (1, 28, 28), CPU)
     rows = []
     for name, sampler, all_steps in (

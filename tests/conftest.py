@@ -8,6 +8,7 @@ import pickle
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts find `utils` beside them; so must the tests
+# In the background a shell has Ctrl-C ignored, and whatever is started there inherits that. The
+# scripts that the tests interrupt must not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def scripts():
