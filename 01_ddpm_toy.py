@@ -35,11 +35,14 @@ alphas_cumprod    ᾱ             (T,)           product of the alphas: the shar
 
 # %% 1. Settings: edit and run again
 
+import io
 import math
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
+from time import time as now
 
 import torch
 import torch.nn as nn
@@ -78,11 +81,11 @@ def load_images(name, folder):
     try:
         data = getattr(torchvision.datasets, name)(folder, train=True, download=True)
     except Exception as error:  # no network, a full disk, a damaged file: all end the same way
-        reason = f"{name} could be neither read from {folder} nor downloaded ({error})"
-        reason = " ".join(reason.split())  # onto one line
+        reason = f"{name} could be neither read from {folder} nor downloaded ({error})."
+        reason = " ".join(reason.split()) + " If its files are there, delete them: they are damaged"
         if name != "MNIST":
-            sys.exit(f"{reason}. Put its files there, or set DATASET = 'DRAWN': it needs none.")
-        print(f"{reason}; going on with DRAWN digits.")
+            sys.exit(f"{reason}. If not, put them there, or set DATASET = 'DRAWN': it needs none.")
+        print(f"{reason}. Going on with DRAWN digits.")
         return load_images("DRAWN", folder)
     images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
     grey = images.ndim == 3  # (N, H, W); colour is (N, H, W, 3)
@@ -305,6 +308,17 @@ class Muon(torch.optim.Optimizer):
                 weight.sub_(step_size * u.view_as(weight))
 
 
+def mean_loss(losses, learning_rate):
+    """Return the mean of losses as a number; end the program if it is not finite."""
+    mean = torch.stack(losses).mean().item()
+    if not math.isfinite(mean):
+        sys.exit(
+            f"The loss became NaN or infinite. Usually LEARNING_RATE = {learning_rate} is too "
+            "high: halve it. Nothing was overwritten."
+        )
+    return mean
+
+
 def train(ddpm, images, epochs, batch_size, learning_rate):
     """Train on images, uint8 (N, C, H, W) on the device; return the loss of every step.
 
@@ -339,15 +353,45 @@ def train(ddpm, images, epochs, batch_size, learning_rate):
                 losses.append(loss.detach())  # no .item(): a GPU would wait for it in every step
                 bar.update(len(index))
                 if len(losses) % 50 == 0:
-                    bar.set_postfix(loss=f"{torch.stack(losses[-50:]).mean().item():.4f}")
+                    bar.set_postfix(loss=f"{mean_loss(losses[-50:], learning_rate):.4f}")
     except KeyboardInterrupt:
         print("\nTraining ended early; going on with what has been learned so far.")
     finally:
         bar.close()
+    if losses:
+        mean_loss(losses, learning_rate)  # also of the last steps, before anything is saved
     return [loss.item() for loss in losses]
 
 
 # %% 7. Run
+
+
+def explain(kind, error, traceback):
+    """Say in one line what a user can do about an error; of any other show the traceback."""
+    reason = " ".join(str(error).split())[:200]
+    if kind is MemoryError or "out of memory" in reason or "can't allocate memory" in reason:
+        reason = f"Not enough memory: reduce BATCH_SIZE or BASE_CH ({reason})."
+    elif issubclass(kind, OSError):
+        reason = f"A file could not be read or written: {reason}. Set another OUT_DIR?"
+    elif kind is KeyboardInterrupt:
+        reason = "Stopped."
+    else:
+        return sys.__excepthook__(kind, error, traceback)
+    print(f"\n{reason} What was saved before is whole.", file=sys.stderr)
+
+
+def make_folder(path):
+    """Return the folder for the results; end the program now if nothing can be saved there."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        for leftover in folder.glob(".*.part"):  # of a run that was killed while it saved
+            if now() - leftover.stat().st_mtime > 60:  # not of one that is saving now
+                leftover.unlink(missing_ok=True)
+    except OSError as error:
+        sys.exit(f"OUT_DIR = {str(path)!r} does not work: {error}.")
+    return folder
 
 
 def pick_device():
@@ -357,24 +401,34 @@ def pick_device():
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def check_setting(name, value, kind, lowest, highest):
+def check_setting(name, value, kind, lowest=None, highest=None):
     """End the program with one clear line if a setting is of the wrong kind or out of range."""
-    if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value <= highest:
-        wanted = "a whole number" if kind is int else "a number"
-        sys.exit(f"{name} = {value!r} does not work: it must be {wanted}, {lowest} to {highest}.")
+    numbers = {int: "a whole number", (int, float): "a number"}
+    wanted = {**numbers, bool: "True or False", (str, Path): "the path of a folder"}[kind]
+    works = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind in numbers:
+        works, wanted = works and lowest <= value <= highest, f"{wanted}, {lowest} to {highest}"
+    if not works:
+        sys.exit(f"{name} = {value!r} does not work: it must be {wanted}.")
 
 
 def save_atomically(contents, path):
     """Save by way of a temporary file: whatever interrupts it leaves the old file whole."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)  # not to a file: a full disk would be no OSError, but a crash
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        torch.save(contents, partial)
+        with partial.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # waits until it is on the disk and survives a power cut
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
+    sys.excepthook = explain
     if DATASET not in ("MNIST", "FashionMNIST", "CIFAR10", "DRAWN"):
         sys.exit(f"DATASET = {DATASET!r} is not MNIST, FashionMNIST, CIFAR10 or DRAWN.")
     check_setting("T", T, int, 2, 100_000)
@@ -383,11 +437,12 @@ if __name__ == "__main__":
     check_setting("BATCH_SIZE", BATCH_SIZE, int, 1, 100_000)
     check_setting("LEARNING_RATE", LEARNING_RATE, (int, float), 1e-7, 1)
     check_setting("SEED", SEED, int, 0, 2**63 - 1)
+    check_setting("DATA_DIR", DATA_DIR, (str, Path))
+    check_setting("OUT_DIR", OUT_DIR, (str, Path))
 
     torch.manual_seed(SEED)
     device = pick_device()
-    out_dir = Path(OUT_DIR)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    out_dir = make_folder(OUT_DIR)
     images, _, source = load_images(DATASET, DATA_DIR)
     images = images.to(device)
     betas = linear_beta_schedule(T)

@@ -49,12 +49,14 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 from collections import OrderedDict
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from time import time as now
 
 import torch
 import torch.distributed as dist
@@ -124,11 +126,11 @@ def load_images(name, folder):
     try:
         data = getattr(torchvision.datasets, name)(folder, train=True, download=True)
     except Exception as error:  # no network, a full disk, a damaged file: all end the same way
-        reason = f"{name} could be neither read from {folder} nor downloaded ({error})"
-        reason = " ".join(reason.split())  # onto one line
+        reason = f"{name} could be neither read from {folder} nor downloaded ({error})."
+        reason = " ".join(reason.split()) + " If its files are there, delete them: they are damaged"
         if name != "MNIST":
-            sys.exit(f"{reason}. Put its files there, or set DATASET = 'DRAWN': it needs none.")
-        print(f"{reason}; going on with DRAWN digits.")
+            sys.exit(f"{reason}. If not, put them there, or set DATASET = 'DRAWN': it needs none.")
+        print(f"{reason}. Going on with DRAWN digits.")
         return load_images("DRAWN", folder)
     images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
     grey = images.ndim == 3  # (N, H, W); colour is (N, H, W, 3)
@@ -580,9 +582,14 @@ class Muon(torch.optim.Optimizer):
 
 def save_atomically(contents, path):
     """Save by way of a temporary file: whatever interrupts it leaves the old file whole."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)  # not to a file: a full disk would be no OSError, but a crash
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        torch.save(contents, partial)
+        with partial.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())  # waits until it is on the disk and survives a power cut
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -611,6 +618,7 @@ class Trainer:
         self.total_steps = settings["EPOCHS"] * self.steps_per_epoch
         self.step, self.losses, self.stop_requested = 0, [], False
         self.extras = {}  # whatever else the checkpoint should keep
+        self.saved_at = None  # when the checkpoint that this training knows of was written
         # The averaged weights are those that sample. They never see dropout: eval() is for good.
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
         # Muon for the matrices inside the network; its authors leave the first layer, the last, all
@@ -742,10 +750,16 @@ class Trainer:
             )
 
     def save(self, path):
-        """Write all that the training has changed, and its settings, to path."""
+        """Write all that the training has changed, and its settings, to path.
+
+        A checkpoint of another run there, perhaps further on than this one, is left as it is.
+        """
+        if path.exists() and path.stat().st_mtime_ns != self.saved_at:
+            sys.exit(f"Another run has written {path} meanwhile. This one stops.")
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state |= {name: getattr(self, name) for name in self.VALUES}
         save_atomically({"settings": self.settings, **state}, path)
+        self.saved_at = path.stat().st_mtime_ns
 
     def resume(self, path):
         """Go on from the checkpoint in path, if there is one.
@@ -754,6 +768,7 @@ class Trainer:
         """
         if not path.exists():
             return
+        self.saved_at = path.stat().st_mtime_ns
         start_anew = f"To start anew, move or delete {path}, or set OUT_DIR to another folder."
         try:  # weights_only: a file from somebody else cannot run code
             state = torch.load(path, map_location=self.device, weights_only=True)
@@ -786,6 +801,34 @@ class Trainer:
 
 
 # %% 8. Run
+
+
+def explain(kind, error, traceback):
+    """Say in one line what a user can do about an error; of any other show the traceback."""
+    reason = " ".join(str(error).split())[:200]
+    if kind is MemoryError or "out of memory" in reason or "can't allocate memory" in reason:
+        reason = f"Not enough memory: reduce BATCH_SIZE or BASE_CH ({reason})."
+    elif issubclass(kind, OSError):
+        reason = f"A file could not be read or written: {reason}. Set another OUT_DIR?"
+    elif kind is KeyboardInterrupt:
+        reason = "Stopped."
+    else:
+        return sys.__excepthook__(kind, error, traceback)
+    print(f"\n{reason} What was saved before is whole.", file=sys.stderr)
+
+
+def make_folder(path):
+    """Return the folder for the results; end the program now if nothing can be saved there."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        for leftover in folder.glob(".*.part"):  # of a run that was killed while it saved
+            if now() - leftover.stat().st_mtime > 60:  # not of one that is saving now
+                leftover.unlink(missing_ok=True)
+    except OSError as error:
+        sys.exit(f"OUT_DIR = {str(path)!r} does not work: {error}.")
+    return folder
 
 
 def pick_device():
@@ -839,11 +882,15 @@ def check_agreement(start, world):
         sys.exit(f"The processes differ: {everyone}. All need the same DATA_DIR and OUT_DIR.")
 
 
-def check_setting(name, value, kind, lowest, highest):
+def check_setting(name, value, kind, lowest=None, highest=None):
     """End the program with one clear line if a setting is of the wrong kind or out of range."""
-    if isinstance(value, bool) or not isinstance(value, kind) or not lowest <= value <= highest:
-        wanted = "a whole number" if kind is int else "a number"
-        sys.exit(f"{name} = {value!r} does not work: it must be {wanted}, {lowest} to {highest}.")
+    numbers = {int: "a whole number", (int, float): "a number"}
+    wanted = {**numbers, bool: "True or False", (str, Path): "the path of a folder"}[kind]
+    works = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind in numbers:
+        works, wanted = works and lowest <= value <= highest, f"{wanted}, {lowest} to {highest}"
+    if not works:
+        sys.exit(f"{name} = {value!r} does not work: it must be {wanted}.")
 
 
 def check_settings(settings, world):
@@ -851,7 +898,6 @@ def check_settings(settings, world):
     for name, allowed in (
         ("DATASET", ("MNIST", "FashionMNIST", "CIFAR10", "DRAWN")),
         ("SCHEDULE", ("cosine", "linear")),
-        ("FLIP", (True, False)),
     ):
         if settings[name] not in allowed:
             sys.exit(f"{name} = {settings[name]!r} is not {' or '.join(map(repr, allowed))}.")
@@ -864,9 +910,14 @@ def check_settings(settings, world):
         ("BATCH_SIZE", int, 1, 100_000),
         ("LEARNING_RATE", (int, float), 1e-7, 1),
         ("EMA_DECAY", (int, float), 0, 0.999999),
+        ("PREVIEW_EVERY", int, 1, 100_000),
         ("SEED", int, 0, 2**63 - 1),
     ):
         check_setting(name, settings[name], kind, lowest, highest)
+    for name in "FLIP", "COMPILE":
+        check_setting(name, settings[name], bool)
+    for name in "DATA_DIR", "OUT_DIR":
+        check_setting(name, settings[name], (str, Path))
     for name in "CHANNEL_MULT", "ATTENTION_AT":
         value = settings[name]
         is_tuple = isinstance(value, tuple) and (value or name == "ATTENTION_AT")
@@ -1075,23 +1126,20 @@ def save_latent_figures(ldm, trainer, x, architecture, ddim_steps, out_dir, note
     seed, frames = trainer.settings["SEED"], []
     title, short_note = f"DDIM, {ddim_steps} steps", f"{trainer.settings['DATASET']}, SEED = {seed}"
     torch.manual_seed(seed)
-    try:
-        samples = ldm.sample(36, ddim_steps, frames=frames)
-        sample_grid(samples, out_dir / "samples.png", f"New images from latents, {title}", note)
-        save_latent_interpolation(ldm, x, seed, out_dir, note)
-        save_costs(ldm, x[: trainer.settings["BATCH_SIZE"]], architecture, out_dir, note)
-    except KeyboardInterrupt:
-        sys.exit("Stopped while sampling. The training is saved; the same command samples again.")
+    samples = ldm.sample(36, ddim_steps, frames=frames)
+    sample_grid(samples, out_dir / "samples.png", f"New images from latents, {title}", note)
+    save_latent_interpolation(ldm, x, seed, out_dir, note)
+    save_costs(ldm, x[: trainer.settings["BATCH_SIZE"]], architecture, out_dir, note)
     denoising_strip(frames, out_dir / "denoising.png", "From noise to image, decoded", note)
     denoising_gif(frames, out_dir / "denoising.gif", note=short_note)
     loss_curve(trainer.losses, out_dir / "loss.png", "Training loss of the diffusion", note)
     print(f"Saved samples, interpolation, cost and more as .png and .gif in {out_dir}")
 
 
-def check_latent_settings(settings, ddim_steps):
+def check_latent_settings(settings):
     """NEW in 05. End the program with one clear line if a new setting does not work."""
-    check_setting("DDIM_STEPS", ddim_steps, int, 1, settings["T"])
     for name, kind, lowest, highest in (
+        ("DDIM_STEPS", int, 1, settings["T"]),
         ("LATENT_CH", int, 1, 64),
         ("VAE_CH", int, 1, 1024),
         ("VAE_EPOCHS", int, 1, 100_000),
@@ -1112,14 +1160,13 @@ FIXED = (  # the settings that a checkpoint must agree with
 )
 
 if __name__ == "__main__":
+    sys.excepthook = explain
     rank, world = join_processes()
+    check_settings(globals(), world)
+    check_latent_settings(globals())
     settings = {name: globals()[name] for name in FIXED}  # the constants above, by name
-    check_settings(settings, world)
-    check_latent_settings(settings, DDIM_STEPS)
-    check_setting("PREVIEW_EVERY", PREVIEW_EVERY, int, 1, 100_000)
     device = torch.device("cpu") if world > 1 and not ON_GPU else pick_device()
-    out_dir = Path(OUT_DIR)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    out_dir = make_folder(OUT_DIR)
     images, _, source = load_images_in_turn(DATASET, DATA_DIR, rank, world)
     settings["DATASET"] = source  # drawn digits must not go on where MNIST stopped
     images, shape = images.to(device), images.shape[1:]

@@ -90,7 +90,10 @@ def test_from_start_to_pictures_and_again(project):
 
 
 def test_killed_and_interrupted_it_arrives_at_the_same_weights(project):
-    """kill -9 and Ctrl-C at random moments; the last bit of every weight must not notice."""
+    """kill -9 and Ctrl-C at random moments; the last bit of every weight must not notice.
+
+    tests/drills.py does so 20 times to each script.
+    """
     prepare(project, count=600, EPOCHS=6, BATCH_SIZE=20, PREVIEW_EVERY=3)
     assert project.run_here(SCRIPT).returncode == 0
     undisturbed = read_checkpoint(project)
@@ -98,7 +101,7 @@ def test_killed_and_interrupted_it_arrives_at_the_same_weights(project):
     folder.rename(folder.with_name("undisturbed"))
     moments = random.Random(0)
     middle_of_an_epoch = 0
-    for number, name in enumerate(["SIGINT", "SIGKILL", "SIGINT", "SIGKILL", "SIGKILL"]):
+    for number, name in enumerate(["SIGINT", "SIGKILL"]):
         process = project.start(SCRIPT)
         seen = ""
         while "images/s" not in seen:  # until the bar moves
@@ -138,8 +141,8 @@ def test_a_checkpoint_of_other_settings_is_left_alone(project):
     assert path.read_bytes() == before
     assert (path.parent / "samples.png").read_bytes() == pictures
     # What the message proposes works.
-    project.edit(SCRIPT, OUT_DIR="outputs/another")
-    assert project.run(SCRIPT).returncode == 0
+    project.edit(SCRIPT, OUT_DIR=str(project.folder / "outputs" / "another"))
+    assert project.run_here(SCRIPT).returncode == 0
     assert (project.folder / "outputs" / "another" / "checkpoint.pt").exists()
     assert path.read_bytes() == before
 
@@ -196,7 +199,7 @@ def test_nan_in_the_data_stops_the_run_and_keeps_the_last_good_checkpoint(projec
 
 def test_two_processes_share_the_work(project):
     """The same total batch: the same loss within noise, one bar, equal weights on both."""
-    prepare(project, count=1000, EPOCHS=4, BATCH_SIZE=50, PREVIEW_EVERY=9)
+    prepare(project, count=1000, EPOCHS=4, BATCH_SIZE=50, PREVIEW_EVERY=9, T=10)
     assert project.run_here(SCRIPT).returncode == 0
     alone = read_checkpoint(project)
     project.edit(SCRIPT, OUT_DIR="outputs/two")
@@ -223,9 +226,7 @@ def test_two_processes_share_the_work(project):
 
 def test_a_batch_that_processes_cannot_share_is_refused():
     script = load(SCRIPT)
-    names = "DATASET T SCHEDULE BASE_CH CHANNEL_MULT NUM_BLOCKS ATTENTION_AT DROPOUT FLIP EPOCHS"
-    names += " BATCH_SIZE LEARNING_RATE EMA_DECAY SEED"
-    settings = {name: getattr(script, name) for name in names.split()}
+    settings = vars(script)
     script.check_settings(settings, world=2)
     with pytest.raises(SystemExit, match=r"BATCH_SIZE = \d+ cannot be shared by 3 processes"):
         script.check_settings(settings, world=3)
@@ -234,7 +235,7 @@ def test_a_batch_that_processes_cannot_share_is_refused():
 def test_cifar10(project):
     project.lay_cifar10(100)
     project.edit(SCRIPT, DATASET="CIFAR10", **SMALL)
-    done = project.run("md5_off.py", SCRIPT)
+    done = project.run_without_md5(SCRIPT)
     assert done.returncode == 0, done.stderr
     assert "100 images of CIFAR10" in done.stdout
     project.check_pictures(SCRIPT, others=["checkpoint.pt"])
@@ -246,7 +247,7 @@ def test_cifar10(project):
     "constants",
     [
         {"T": 2},
-        {"SCHEDULE": "linear", "T": 150},
+        {"SCHEDULE": "linear", "T": 60},
         {"BASE_CH": 1},
         {"BASE_CH": 20, "CHANNEL_MULT": (2, 1, 3), "NUM_BLOCKS": 2},
         {"ATTENTION_AT": ()},
@@ -264,41 +265,6 @@ def test_any_constant_can_be_changed(project, constants):
     project.check_pictures(SCRIPT, others=["checkpoint.pt"])
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("DATASET", "MNITS"),
-        ("T", 1),
-        ("SCHEDULE", "sine"),
-        ("BASE_CH", 0),
-        ("BASE_CH", "32"),
-        ("CHANNEL_MULT", (1, 2, 2, 2)),
-        ("CHANNEL_MULT", 2),
-        ("CHANNEL_MULT", ()),
-        ("CHANNEL_MULT", (1, 0)),
-        ("NUM_BLOCKS", 0),
-        ("ATTENTION_AT", 14),
-        ("DROPOUT", 1.0),
-        ("DROPOUT", -0.1),
-        ("FLIP", "yes"),
-        ("EPOCHS", 0),
-        ("EPOCHS", 2.5),
-        ("BATCH_SIZE", -5),
-        ("LEARNING_RATE", "fast"),
-        ("EMA_DECAY", 1.0),
-        ("PREVIEW_EVERY", 0),
-        ("SEED", -3),
-    ],
-)
-def test_nonsense_ends_with_one_line_that_names_it(project, name, value):
-    project.edit(SCRIPT, **{name: value})
-    done = project.run_here(SCRIPT)
-    assert done.returncode == 1
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"{name} = {value!r}"), done.stderr
-    assert not (project.folder / "data").exists() and project.outputs(SCRIPT) == []
-
-
 def test_a_batch_larger_than_the_data_is_refused(project):
     prepare(project, count=65, BATCH_SIZE=66)
     done = project.run_here(SCRIPT)
@@ -310,8 +276,9 @@ def test_a_batch_larger_than_the_data_is_refused(project):
 def test_other_seed_other_pictures(project):
     pictures = []
     for seed in (0, 1):
-        prepare(project, count=65, EPOCHS=1, T=5, SEED=seed, OUT_DIR=f"outputs/{seed}")
-        assert project.run(SCRIPT).returncode == 0
+        out_dir = str(project.folder / "outputs" / str(seed))
+        prepare(project, count=65, EPOCHS=1, T=5, SEED=seed, OUT_DIR=out_dir)
+        assert project.run_here(SCRIPT).returncode == 0
         with Image.open(project.folder / f"outputs/{seed}/samples.png") as picture:
             pictures.append(np.asarray(picture.convert("L"))[100:-100])
     assert not np.array_equal(*pictures)
@@ -340,4 +307,4 @@ def test_ctrl_c_during_sampling_is_no_traceback(project):
     process.send_signal(signal.SIGINT)
     _output, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "Traceback" not in errors and "same command" in errors
+    assert "Traceback" not in errors and "Stopped. What was saved" in errors

@@ -3,7 +3,6 @@
 import shutil
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -23,7 +22,7 @@ FILES = [
     "transitions.gif",
 ]
 SMALL = {
-    "T": 20,
+    "T": 10,
     "DDIM_STEPS": 5,
     "BASE_CH": 8,
     "CHANNEL_MULT": (1, 2),
@@ -44,7 +43,7 @@ def prepare(project, count=200, script=SCRIPT, **constants):
 
 
 def test_from_start_to_pictures_and_again(project):
-    prepare(project, DDIM_STEPS=7)
+    prepare(project, T=20, DDIM_STEPS=7)
     done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
     assert project.outputs(SCRIPT) == sorted([*FILES, "samples_epoch_001.png"])
@@ -61,11 +60,6 @@ def test_from_start_to_pictures_and_again(project):
     assert again.returncode == 0 and "Epoch" not in again.stderr
     for name in same:
         assert (folder / name).read_bytes() == before[name], f"{name} is the same as before"
-    # Other steps need no other training, and give other pictures.
-    project.edit(SCRIPT, DDIM_STEPS=20, ETA=1.0)
-    assert project.run_here(SCRIPT).returncode == 0
-    assert (folder / "checkpoint.pt").read_bytes() == before["checkpoint.pt"]
-    assert (folder / "samples.png").read_bytes() != before["samples.png"]
 
 
 def test_the_training_of_02_is_used_where_the_settings_agree(project):
@@ -79,6 +73,13 @@ def test_the_training_of_02_is_used_where_the_settings_agree(project):
     assert str(theirs) in done.stdout and "Epoch" not in done.stderr
     assert theirs.read_bytes() == before
     assert set(FILES) <= set(project.outputs(SCRIPT)), "with a checkpoint of its own"
+    # Other steps need no other training, and give other pictures.
+    folder = project.folder / "outputs" / "04_ddim_fast_sampling"
+    files = [folder / name for name in ("checkpoint.pt", "samples.png")]
+    checkpoint, samples = (file.read_bytes() for file in files)
+    project.edit(SCRIPT, DDIM_STEPS=10, ETA=1.0)
+    assert project.run_here(SCRIPT).returncode == 0
+    assert files[0].read_bytes() == checkpoint and files[1].read_bytes() != samples
     # With other settings, or when it is damaged, it is left alone and 04 trains by itself.
     for change in "settings", "damage":
         shutil.rmtree(project.folder / "outputs" / "04_ddim_fast_sampling", ignore_errors=True)
@@ -124,14 +125,14 @@ def test_to_play_with(project):
         "x = ddim.ddim_sample(n=3, ddim_steps=5, eta=1.0); print('a', tuple(x.shape))\n"
         "print('b', tuple(ddim.sample(n=2).shape))\n"
         "from utils.interpolation import *\n"
-        "x_T = ddim.ddim_invert(to_batch(images[:2]), 20)\n"
+        "x_T = ddim.ddim_invert(to_batch(images[:2]), 10)\n"
         "print('c', tuple(interpolate(x_T[:1], x_T[1:], 5)[:, 0].shape))\n"
-        "ddim.ddim_sample(n=2, ddim_steps=21)\n"
+        "ddim.ddim_sample(n=2, ddim_steps=11)\n"
     )
     done = project.run("-i", SCRIPT, stdin=question)
     for answer in "a (3, 1, 28, 28)", "b (2, 1, 28, 28)", "c (5, 1, 28, 28)":
         assert answer in done.stdout, done.stderr
-    assert "ValueError: 21 steps: it must be a whole number, 1 to T = 20" in done.stderr
+    assert "ValueError: 11 steps: it must be a whole number, 1 to T = 10" in done.stderr
 
 
 def test_with_very_few_noise_steps(project):
@@ -144,40 +145,10 @@ def test_with_very_few_noise_steps(project):
 def test_cifar10(project):
     project.lay_cifar10(100)
     project.edit(SCRIPT, DATASET="CIFAR10", **SMALL)
-    done = project.run("md5_off.py", SCRIPT)
+    done = project.run_without_md5(SCRIPT)
     assert done.returncode == 0, done.stderr
     project.check_pictures(SCRIPT, others=["checkpoint.pt"])
     path = project.folder / "outputs" / "04_ddim_fast_sampling" / "interpolation.png"
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     assert np.abs(pixels[..., 0] - pixels[..., 2]).max() > 20, "in colour"
-
-
-def test_two_processes(project):
-    prepare(project)
-    options = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", SCRIPT
-    done = project.run(*options, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert set(FILES) <= set(project.outputs(SCRIPT))
-    assert done.stdout.count("DPM-Solver++(2M)") == 3, "one process speaks for all"
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("DDIM_STEPS", 0),
-        ("DDIM_STEPS", 1001),
-        ("DDIM_STEPS", 2.5),
-        ("ETA", -0.1),
-        ("ETA", 1.5),
-        ("ETA", "x"),
-        ("T", 1),
-    ],
-)
-def test_nonsense_ends_with_one_line_that_names_it(project, name, value):
-    project.edit(SCRIPT, **{name: value})
-    done = project.run_here(SCRIPT)
-    assert done.returncode == 1
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"{name} = {value!r}"), done.stderr
-    assert not (project.folder / "data").exists() and project.outputs(SCRIPT) == []

@@ -1,6 +1,7 @@
 """The Trainer of 02: averaging, learning rate, randomness, resuming, and what it refuses."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -140,6 +141,21 @@ def test_it_learns_in_every_precision_and_resumes_exactly(tmp_path, precision):
             assert torch.equal(a, b)
 
 
+def test_a_checkpoint_that_another_run_has_written_is_not_overwritten(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    one, other = make_trainer(EPOCHS=3), make_trainer(EPOCHS=3)
+    epochs = other.run(path)
+    for _ in one.run(path):
+        pass
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match=r"Another run has written .*checkpoint\.pt"):
+        next(epochs)
+    assert path.read_bytes() == before
+    resumed = make_trainer(EPOCHS=3)
+    resumed.resume(path)
+    resumed.save(path)  # this one knows it, and may
+
+
 def test_nothing_to_resume_is_no_error(tmp_path):
     trainer = make_trainer()
     trainer.resume(tmp_path / "checkpoint.pt")
@@ -197,12 +213,11 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
     script.save_atomically({"a": 1}, path)
     before = path.read_bytes()
 
-    def full_disk(contents, partial):
-        partial.write_bytes(b"half")
+    def full_disk(_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
+    monkeypatch.setattr(os, "fsync", full_disk)  # when all is written, but not yet on the disk
+    with pytest.raises(OSError, match="no space left"):
         script.save_atomically({"a": 2}, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
