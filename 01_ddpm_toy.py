@@ -16,7 +16,8 @@ to 4 min 52 s in three runs, start to last picture, with 1.1 GB of memory. Fréc
 test images have 0.6; it reads 54 % of the samples with confidence.
 
 Left out, and brought by 02_ddpm.py: attention, a deeper network, the cosine schedule, averaged
-weights, restarting, mixed precision, several GPUs.
+weights, restarting, mixed precision, several GPUs. Other than in the paper, for a short training:
+what the U-Net returns (section 4), the weight in the loss (5), Muon in place of Adam (6).
 
 DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
 
@@ -122,7 +123,7 @@ def timestep_embedding(t, dim):
     """Turn steps t (B,) into vectors (B, dim), dim even: sines and cosines, fast to slow.
 
     They tell neighbouring steps apart better than one number could; the position encoding of
-    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), as in DDPM's appendix B.
+    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5) but for its order; DDPM, appendix B.
     """
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies  # (B, dim/2)
@@ -236,8 +237,9 @@ class DDPM:
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         error = (noise - noise_pred).square().flatten(1).mean(dim=1)  # (B,)
         # DDPM Eq. 14 is the plain mean of ‖ε − ε_θ(x_t, t)‖². Any weight for each t has the same
-        # ideal answer; ours is 1/√ᾱ_t. Large t decides which digit it will be, but the error there
-        # is tiny, as x_t is nearly all noise, and would hardly count in a short training.
+        # ideal answer; ours is 1/√ᾱ_t. From the middle of the steps on it is decided which digit it
+        # will be, but the error there is tiny, as x_t is mostly noise, and would hardly count in a
+        # short training.
         return (error / self.alphas_cumprod[t].sqrt()).mean()
 
     def p_sample(self, x_t, t):
@@ -246,15 +248,16 @@ class DDPM:
         alpha_bar_t = self.alphas_cumprod[t]
         # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t
         x_0_pred = (x_t - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()
-        # 1/√ᾱ_t magnifies what is wrong with the guess: at the start 157 times with the linear
-        # schedule, 20,000 times with the cosine one. No image has values beyond [-1, 1], so neither
-        # may x̂_0. (Unclamped, all this is Algorithm 2, line 4, with σ_t² = β̃_t, one of the two
-        # choices of section 3.2.)
+        # 1/√ᾱ_t magnifies what is wrong with ε_θ: at the start 157 times with the linear schedule,
+        # 20,000 times with the cosine one. (Our U-Net undoes that, as it multiplies h by √ᾱ_t; one
+        # that returns ε itself does not.) No image has values beyond [-1, 1], so neither may x̂_0;
+        # DDPM's own code clamps it, too. (Unclamped, all this is Algorithm 2, line 4, with σ_t² =
+        # β̃_t, one of the two choices of section 3.2.)
         x_0_pred = x_0_pred.clamp(-1, 1)
         # From strong noise x̂_0 is but a blur, so we go only one step towards it (DDPM Eq. 7), and
         # add fresh noise to have as much as the network expects in an image of step t − 1.
         x_prev = self.mean_factor_x_0[t] * x_0_pred + self.mean_factor_x_t[t] * x_t
-        if t > 0:  # Algorithm 2, line 3: none in the last step, it would stay in the image
+        if t > 0:  # Algorithm 2, line 3: none in the last step (β̃ is 0 there anyway, but β is not)
             x_prev = x_prev + self.posterior_std[t] * torch.randn_like(x_t)
         return x_prev, x_0_pred
 
@@ -280,7 +283,7 @@ class DDPM:
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with momentum, its updates with singular values near 1: no direction is neglected.
+    """SGD with Nesterov momentum, its updates with singular values near 1: none is neglected.
 
     In 01, after 25,000 images, the squared error of x̂_0 at t = 300 is 0.055 with it and 0.067 with
     Adam (learning rate 0.004). weights: parameters of two or more dimensions; lr: about 0.02.

@@ -1,4 +1,4 @@
-"""02 · DDPM as practitioners train it: a U-Net with attention, trained for minutes or for days.
+"""02 · DDPM at full size: a U-Net with attention, trained for minutes or for days.
 
     python 02_ddpm.py
     torchrun --nproc_per_node=4 02_ddpm.py        # on 4 GPUs of one machine
@@ -72,13 +72,13 @@ ON_GPU = torch.cuda.is_available()  # no setting: an NVIDIA GPU gets the larger 
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", or "DRAWN": digits drawn offline
 T = 1000  # noise steps, in training and in sampling: half as many sample twice as fast
 SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear" (DDPM)
-BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; the papers have 128 for CIFAR-10
+BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; DDPM's code has 128 for CIFAR-10
 CHANNEL_MULT = (1, 2, 4)  # channels of each level in multiples of BASE_CH; 28 → 14 → 7 pixels
 NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
 ATTENTION_AT = (14, 16)  # image sides with self-attention; the middle, at 7 or 8, always has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # against learning photographs by heart
 FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirrored 3 is no digit
-EPOCHS = 30 if ON_GPU else 6  # passes through the data; CIFAR10 needs hundreds
+EPOCHS = 30 if ON_GPU else 6  # passes through the data; CIFAR10 needs hundreds (DDPM: 2,000)
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
 LEARNING_RATE = 0.02  # at its highest, for Muon (AdamW gets a fifth); halve it if the loss jumps
 EMA_DECAY = 0.9999  # memory of the averaged weights; felt only in runs of over 90,000 steps
@@ -136,7 +136,7 @@ def cosine_beta_schedule(T):
     The linear schedule drowns an image too soon: the last fifth of its steps is almost pure noise
     and teaches little. Here ᾱ falls along a cosine, evenly in the middle and gently at both ends.
     """
-    s = 0.008  # without this offset the first steps would add almost no noise
+    s = 0.008  # else the first steps would add so little noise that it is hard to predict
     # Improved DDPM Eq. 17:  ᾱ_t = f(t) / f(0),  f(t) = cos²( (t/T + s) / (1 + s) · π/2 )
     t = torch.arange(T + 1, dtype=torch.float64)  # here as in the paper: 0 is the clean image
     f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
@@ -162,7 +162,7 @@ def timestep_embedding(t, dim):
     """Turn steps t (B,) into vectors (B, dim), dim even: sines and cosines, fast to slow.
 
     They tell neighbouring steps apart better than one number could; the position encoding of
-    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), as in DDPM's appendix B.
+    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5) but for its order; DDPM, appendix B.
     """
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies  # (B, dim/2)
@@ -193,7 +193,8 @@ class Attention(nn.Module):
 
     def __init__(self, ch):
         super().__init__()
-        self.heads = math.gcd(ch, max(1, ch // 64))  # about 64 channels each; they must divide ch
+        # About 64 channels for each head (arXiv:2105.05233); fewer than 128 channels have one head.
+        self.heads = math.gcd(ch, max(1, ch // 64))  # gcd: the heads must divide ch
         self.norm, self.qkv = group_norm(ch), nn.Conv2d(ch, 3 * ch, 1)
         self.out = zero_init(nn.Conv2d(ch, ch, 1))
 
@@ -340,8 +341,9 @@ class DDPM:
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         error = (noise - noise_pred).square().flatten(1).mean(dim=1)  # (B,)
         # DDPM Eq. 14 is the plain mean of ‖ε − ε_θ(x_t, t)‖². Any weight for each t has the same
-        # ideal answer; ours is 1/√ᾱ_t. Large t decides which digit it will be, but the error there
-        # is tiny, as x_t is nearly all noise, and would hardly count in a short training.
+        # ideal answer; ours is 1/√ᾱ_t. From the middle of the steps on it is decided which digit it
+        # will be, but the error there is tiny, as x_t is mostly noise, and would hardly count in a
+        # short training.
         return (error / self.alphas_cumprod[t].sqrt()).mean()
 
     def p_sample(self, x_t, t):
@@ -350,15 +352,16 @@ class DDPM:
         alpha_bar_t = self.alphas_cumprod[t]
         # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t
         x_0_pred = (x_t - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()
-        # 1/√ᾱ_t magnifies what is wrong with the guess: at the start 157 times with the linear
-        # schedule, 20,000 times with the cosine one. No image has values beyond [-1, 1], so neither
-        # may x̂_0. (Unclamped, all this is Algorithm 2, line 4, with σ_t² = β̃_t, one of the two
-        # choices of section 3.2.)
+        # 1/√ᾱ_t magnifies what is wrong with ε_θ: at the start 157 times with the linear schedule,
+        # 20,000 times with the cosine one. (Our U-Net undoes that, as it multiplies h by √ᾱ_t; one
+        # that returns ε itself does not.) No image has values beyond [-1, 1], so neither may x̂_0;
+        # DDPM's own code clamps it, too. (Unclamped, all this is Algorithm 2, line 4, with σ_t² =
+        # β̃_t, one of the two choices of section 3.2.)
         x_0_pred = x_0_pred.clamp(-1, 1)
         # From strong noise x̂_0 is but a blur, so we go only one step towards it (DDPM Eq. 7), and
         # add fresh noise to have as much as the network expects in an image of step t − 1.
         x_prev = self.mean_factor_x_0[t] * x_0_pred + self.mean_factor_x_t[t] * x_t
-        if t > 0:  # Algorithm 2, line 3: none in the last step, it would stay in the image
+        if t > 0:  # Algorithm 2, line 3: none in the last step (β̃ is 0 there anyway, but β is not)
             x_prev = x_prev + self.posterior_std[t] * torch.randn_like(x_t)
         return x_prev, x_0_pred
 
@@ -382,18 +385,19 @@ class DDPM:
 
 # Why does the loss stop falling while the samples still improve?
 #
-# In the first epoch the training loss falls from 0.53 to 0.060, and in five more to 0.052: a flat,
+# In the first epoch the training loss falls from 0.61 to 0.060, and in five more to 0.052: a flat,
 # noisy line, in which one batch differs from the next by 8 %. Yet the digits turn from scribbles
-# into handwriting. `loss_per_timestep.png` shows why; the numbers are those of the default run on
-# MNIST, for the plain squared error, without the weight of `DDPM.loss`.
+# into handwriting. `loss_per_timestep.png` shows why; the numbers below are those of the default
+# run on MNIST, for the plain squared error, without the weight of `DDPM.loss`.
 #
-# - At small t the image is nearly clean and the noise faint. Nobody can tell faint noise from the
-#   finest detail of an image, so most of that error cannot be learned away: at t = 100, 5 % of it
-#   went after the first epoch. But that error is large. The first fifth of the steps makes up half
-#   of the mean, and hides the rest.
+# - At small t the image is nearly clean and the noise faint. Within a stroke nobody can tell faint
+#   noise from detail, so most of that error stays: at t = 100, 5 % of it went after the first
+#   epoch. (Not at t = 0: there 31 % went, for on plain black even the faintest noise shows.) But
+#   that error is large: the first fifth of the steps makes up half of the plain mean, more than a
+#   third of the training loss, and hides the rest.
 # - In the middle, t = 500 to 800, it is decided which digit it will be and where its strokes run.
-#   The error there is small, and 13 % of it went. That counts twice: the error of x̂_0 is it
-#   times √(1−ᾱ_t)/√ᾱ_t, and what goes wrong here, no later step can mend.
+#   The error there is small, and 13 % of it went. That counts: the squared error of x̂_0 is it
+#   times (1−ᾱ_t)/ᾱ_t, 1 at t = 500 and 10 at t = 800, and later steps hardly mend what goes wrong.
 # - Near t = T the image is nothing but noise. What can be known there is learned at once.
 #
 # And everywhere most of what remains is not the network's fault: even the best possible one does
@@ -409,6 +413,7 @@ def loss_per_timestep(ddpm, x_0, count=50):
     x_0 (B, C, H, W) in [-1, 1]. The noise is the same at every call: two networks can be compared.
     """
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
+    # Not T - 1: there the error is nothing but rounding.
     timesteps = torch.linspace(0, ddpm.T - 2, min(count, ddpm.T - 1)).round().long().tolist()
     errors = []
     for timestep in timesteps:
@@ -451,7 +456,7 @@ def to_batch(images, flip=False):
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with momentum, its updates with singular values near 1: no direction is neglected.
+    """SGD with Nesterov momentum, its updates with singular values near 1: none is neglected.
 
     In 01, after 25,000 images, the squared error of x̂_0 at t = 300 is 0.055 with it and 0.067 with
     Adam (learning rate 0.004). weights: parameters of two or more dimensions; lr: about 0.02.

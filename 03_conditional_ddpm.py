@@ -74,7 +74,7 @@ ON_GPU = torch.cuda.is_available()  # no setting: an NVIDIA GPU gets the larger 
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", or "DRAWN": digits drawn offline
 T = 1000  # noise steps, in training and in sampling: half as many sample twice as fast
 SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear" (DDPM)
-BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; the papers have 128 for CIFAR-10
+BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; DDPM's code has 128 for CIFAR-10
 CHANNEL_MULT = (1, 2, 4)  # channels of each level in multiples of BASE_CH; 28 → 14 → 7 pixels
 NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
 ATTENTION_AT = (14, 16)  # image sides with self-attention; the middle, at 7 or 8, always has it
@@ -84,7 +84,7 @@ EPOCHS = 30 if ON_GPU else 4  # two less than in 02, as more is drawn; CIFAR10 n
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
 LEARNING_RATE = 0.02  # at its highest, for Muon (AdamW gets a fifth); halve it if the loss jumps
 EMA_DECAY = 0.9999  # memory of the averaged weights; felt only in runs of over 90,000 steps
-P_UNCOND = 0.1  # NEW in 03: share of the labels that are withheld in training
+P_UNCOND = 0.1  # NEW in 03: share of the labels withheld in training; CFG: 0.1 or 0.2, not 0.5
 GUIDANCE_SCALE = 3.0  # NEW in 03: pull towards the labels; 1: the label as it is, 0: no label
 PREVIEW_EVERY = 2  # epochs from one sample grid to the next
 COMPILE = False  # True: torch.compile, a minute or more of waiting and then faster steps
@@ -140,7 +140,7 @@ def cosine_beta_schedule(T):
     The linear schedule drowns an image too soon: the last fifth of its steps is almost pure noise
     and teaches little. Here ᾱ falls along a cosine, evenly in the middle and gently at both ends.
     """
-    s = 0.008  # without this offset the first steps would add almost no noise
+    s = 0.008  # else the first steps would add so little noise that it is hard to predict
     # Improved DDPM Eq. 17:  ᾱ_t = f(t) / f(0),  f(t) = cos²( (t/T + s) / (1 + s) · π/2 )
     t = torch.arange(T + 1, dtype=torch.float64)  # here as in the paper: 0 is the clean image
     f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
@@ -166,7 +166,7 @@ def timestep_embedding(t, dim):
     """Turn steps t (B,) into vectors (B, dim), dim even: sines and cosines, fast to slow.
 
     They tell neighbouring steps apart better than one number could; the position encoding of
-    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), as in DDPM's appendix B.
+    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5) but for its order; DDPM, appendix B.
     """
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies  # (B, dim/2)
@@ -197,7 +197,8 @@ class Attention(nn.Module):
 
     def __init__(self, ch):
         super().__init__()
-        self.heads = math.gcd(ch, max(1, ch // 64))  # about 64 channels each; they must divide ch
+        # About 64 channels for each head (arXiv:2105.05233); fewer than 128 channels have one head.
+        self.heads = math.gcd(ch, max(1, ch // 64))  # gcd: the heads must divide ch
         self.norm, self.qkv = group_norm(ch), nn.Conv2d(ch, 3 * ch, 1)
         self.out = zero_init(nn.Conv2d(ch, ch, 1))
 
@@ -377,8 +378,9 @@ class GuidedDDPM:
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t, labels)
         error = (noise - noise_pred).square().flatten(1).mean(dim=1)  # (B,)
         # DDPM Eq. 14 is the plain mean of ‖ε − ε_θ(x_t, t)‖². Any weight for each t has the same
-        # ideal answer; ours is 1/√ᾱ_t. Large t decides which digit it will be, but the error there
-        # is tiny, as x_t is nearly all noise, and would hardly count in a short training.
+        # ideal answer; ours is 1/√ᾱ_t. From the middle of the steps on it is decided which digit it
+        # will be, but the error there is tiny, as x_t is mostly noise, and would hardly count in a
+        # short training.
         return (error / self.alphas_cumprod[t].sqrt()).mean()
 
     def guided_noise(self, x_t, t, labels, guidance_scale):
@@ -393,8 +395,9 @@ class GuidedDDPM:
         # Both guesses in one go: a GPU is faster with one batch of twice the size than with two.
         both = self.model(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, null_labels]))
         noise_cond, noise_uncond = both.chunk(2)
-        # Why it helps: by Bayes' rule noise_cond − noise_uncond is −√(1−ᾱ_t) times the gradient of
-        # log p(c | x_t). Noise is taken away, so more of this difference moves the image along that
+        # Why it helps: by Bayes' rule the difference noise_cond − noise_uncond of perfect guesses
+        # is −√(1−ᾱ_t) times the gradient of log p(c | x_t); that of a network's comes near it (CFG
+        # section 3.2). Noise is taken away, so more of this difference moves the image along that
         # gradient: it becomes more clearly a c.
         # CFG Eq. 6:  (1 + w) · ε_θ(x_t, c) − w · ε_θ(x_t);  with s = 1 + w that is the same as
         # ε_θ(x_t) + s · (ε_θ(x_t, c) − ε_θ(x_t)).
@@ -407,16 +410,16 @@ class GuidedDDPM:
         alpha_bar_t = self.alphas_cumprod[t]
         # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t
         x_0_pred = (x_t - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()
-        # 1/√ᾱ_t magnifies what is wrong with the guess: at the start 157 times with the linear
-        # schedule, 20,000 times with the cosine one. No image has values beyond [-1, 1], so neither
-        # may x̂_0. NEW in 03: guidance pushes it beyond, the further the larger the scale.
-        # (Unclamped, all this is DDPM Algorithm 2, line 4, with σ_t² = β̃_t, one of the two choices
-        # of its section 3.2.)
+        # 1/√ᾱ_t magnifies what is wrong with ε_θ: at the start 157 times with the linear schedule,
+        # 20,000 times with the cosine one. (Our U-Net undoes that, as it multiplies h by √ᾱ_t; one
+        # that returns ε itself does not.) No image has values beyond [-1, 1], so neither may x̂_0.
+        # NEW in 03: guidance pushes it beyond, the further the larger the scale. (Unclamped, all
+        # this is DDPM Algorithm 2, line 4, with σ_t² = β̃_t, one of the two choices of section 3.2.)
         x_0_pred = x_0_pred.clamp(-1, 1)
         # From strong noise x̂_0 is but a blur, so we go only one step towards it (DDPM Eq. 7), and
         # add fresh noise to have as much as the network expects in an image of step t − 1.
         x_prev = self.mean_factor_x_0[t] * x_0_pred + self.mean_factor_x_t[t] * x_t
-        if t > 0:  # Algorithm 2, line 3: none in the last step, it would stay in the image
+        if t > 0:  # Algorithm 2, line 3: none in the last step (β̃ is 0 there anyway, but β is not)
             x_prev = x_prev + self.posterior_std[t] * torch.randn_like(x_t)
         return x_prev, x_0_pred
 
@@ -503,7 +506,7 @@ def to_batch(images, flip=False):
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with momentum, its updates with singular values near 1: no direction is neglected.
+    """SGD with Nesterov momentum, its updates with singular values near 1: none is neglected.
 
     In 01, after 25,000 images, the squared error of x̂_0 at t = 300 is 0.055 with it and 0.067 with
     Adam (learning rate 0.004). weights: parameters of two or more dimensions; lr: about 0.02.

@@ -7,10 +7,10 @@ Most of an image's pixels say little. Stage 1 trains an autoencoder, a VAE, whic
 into few numbers, its latents, and back. Stage 2 trains diffusion on these latents: the same U-Net,
 schedule, training and sampler as before, on 8 × 8 places in place of 28 × 28. To sample, diffusion
 makes latents out of noise, and the decoder an image out of the latents.
-"Stable" is no property: the name came with Stability AI, which gave the computing time. What does
-make training on latents well-behaved is that they are regularised (a small KL term keeps them
-together and smooth) and have the variance 1, for which the noise schedule was made. Text as input
-is left out (cross-attention, LDM section 3.3); guidance is that of 03.
+"Stable" is no property of the method; Stability AI gave the computing time. What does make
+training on latents well-behaved is that they are regularised (a small KL term keeps them together
+and smooth) and have the variance 1, so that z_t has it at every t. Text as input is left out
+(cross-attention, LDM section 3.3); guidance is that of 03.
 What is new is marked `NEW in 05`; U-Net and training are those of 02, the sampler is that of 04.
 
 You see in `outputs/05_latent_diffusion/` what the VAE keeps of an image, and what it makes of noise
@@ -155,7 +155,7 @@ def cosine_beta_schedule(T):
     The linear schedule drowns an image too soon: the last fifth of its steps is almost pure noise
     and teaches little. Here ᾱ falls along a cosine, evenly in the middle and gently at both ends.
     """
-    s = 0.008  # without this offset the first steps would add almost no noise
+    s = 0.008  # else the first steps would add so little noise that it is hard to predict
     # Improved DDPM Eq. 17:  ᾱ_t = f(t) / f(0),  f(t) = cos²( (t/T + s) / (1 + s) · π/2 )
     t = torch.arange(T + 1, dtype=torch.float64)  # here as in the paper: 0 is the clean image
     f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
@@ -181,7 +181,7 @@ def timestep_embedding(t, dim):
     """Turn steps t (B,) into vectors (B, dim), dim even: sines and cosines, fast to slow.
 
     They tell neighbouring steps apart better than one number could; the position encoding of
-    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5), as in DDPM's appendix B.
+    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5) but for its order; DDPM, appendix B.
     """
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies  # (B, dim/2)
@@ -212,7 +212,8 @@ class Attention(nn.Module):
 
     def __init__(self, ch):
         super().__init__()
-        self.heads = math.gcd(ch, max(1, ch // 64))  # about 64 channels each; they must divide ch
+        # About 64 channels for each head (arXiv:2105.05233); fewer than 128 channels have one head.
+        self.heads = math.gcd(ch, max(1, ch // 64))  # gcd: the heads must divide ch
         self.norm, self.qkv = group_norm(ch), nn.Conv2d(ch, 3 * ch, 1)
         self.out = zero_init(nn.Conv2d(ch, ch, 1))
 
@@ -414,7 +415,7 @@ def vae_loss(x, reconstruction, mean, log_variance, kl_weight):
     kl_weight = 2 s² is the VAE of Kingma & Welling for pixels that may be off by s: 0.002 stands
     for s = 0.03, 4 of 255 grey levels. Less gives sharper images, and latents that are rougher and
     harder to model; more gives smoother latents and blurred images. LDM takes about 0.000001
-    (appendix G), and leaves the order among latents to scaling.
+    (appendix G), which hardly binds the size of the latents: that is left to scaling.
 
     SIMPLIFIED: LDM adds a perceptual loss (LPIPS: the error in the features of a trained image
     classifier) and an adversarial one (a second network that learns to tell reconstructions from
@@ -458,8 +459,8 @@ class LatentDiffusion:
         noise_pred = self.model(z_t, torch.full((len(z_t),), t, device=self.device))
         # DDPM Eq. 15:  ẑ_0 = (z_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  No clamp: pixels end at ±1, latents
         # anywhere. 02 warns of 1/√ᾱ_t; but our U-Net returns ε_θ = √(1−ᾱ_t) · z_t + √ᾱ_t · h, with
-        # which ẑ_0 = √ᾱ_t · z_t − √(1−ᾱ_t) · h: what is wrong with h is not magnified. A network
-        # that returns ε itself would need the range of its latents.
+        # which ẑ_0 = √ᾱ_t · z_t − √(1−ᾱ_t) · h: what is wrong with h is not magnified. (Stable
+        # Diffusion returns ε itself and needs no clamp either: its 1/√ᾱ_t ends at 15.)
         z_0_pred = (z_t - math.sqrt(1 - alpha_bar_t) * noise_pred) / math.sqrt(alpha_bar_t)
         # DDIM Eq. 16:  σ_t = η · √((1−ᾱ_prev) / (1−ᾱ_t)) · √(1 − ᾱ_t/ᾱ_prev)
         sigma_t = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
@@ -552,7 +553,7 @@ def to_batch(images, flip=False):
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with momentum, its updates with singular values near 1: no direction is neglected.
+    """SGD with Nesterov momentum, its updates with singular values near 1: none is neglected.
 
     In 01, after 25,000 images, the squared error of x̂_0 at t = 300 is 0.055 with it and 0.067 with
     Adam (learning rate 0.004). weights: parameters of two or more dimensions; lr: about 0.02.
@@ -946,10 +947,10 @@ def encode_all(vae, images):
     mean, deviation = torch.cat(means), (torch.cat(log_variances) / 2).exp()
     # LDM appendix G:  z ← z / σ̂. One σ̂ for all values, from all images (the paper takes the first
     # batch). Centres and clouds both count:  σ̂² = Var[μ] + E[σ²].
-    # Why (section 4.3.2, appendix D.1): the schedule was made for data of variance about 1. Of
-    # latents ten times as large the noise would hide half not at t = 496 but at 936 of 1000
-    # (cosine): most of the training would be spent on nearly clean latents, and all that matters
-    # decided in the first few steps of sampling.
+    # Why: of data with the variance 1, z_t has it at every t, too. Of latents ten times as large
+    # the noise would hide half not at t = 496 but at 936 of 1000 (cosine): most of the training
+    # would be spent on nearly clean latents, and all that matters decided in the first few steps of
+    # sampling. (LDM 4.3.2 and D.1 show the harm to images larger than those trained on.)
     # Where KL_WEIGHT has done its work the scale is near 1: to stretch a channel changes nothing
     # but the KL term, which is least when the mean of μ² + σ² is 1. LDM's tiny weight does not get
     # there: Stable Diffusion's latents have a standard deviation of 5.5, hence its 0.18215.
@@ -1009,7 +1010,7 @@ def save_autoencoder_figures(vae, latents, scale, alphas_cumprod, x, seed, out_d
     """
     z = vae.encode(x)[0]
     again = vae.decode(z)
-    psnr = 10 * math.log10(4 / (again - x).square().mean().item())  # 4 = (1 − (−1))²: the range
+    psnr = 10 * math.log10(4 / (again - x).square().mean().item())  # 4 = 2²: the range is 2
     print(f"Test images come back from their latents with {psnr:.1f} dB (PSNR).")
     # What a VAE is for, officially: to decode noise. But the latents of digits fill only a small
     # part of N(0, 1), the less the smaller KL_WEIGHT is, and most noise lies elsewhere.
@@ -1104,8 +1105,9 @@ def save_latent_interpolation(ldm, x, seed, out_dir, note, points=9):
     z_0 = ldm.encode(x[:6], draw)
     t = torch.full((6,), start, device=ldm.device)
     z_t = q_sample(z_0, t, noise, ldm.alphas_cumprod)
-    # As both images have the same noise, it stays as strong on a straight line as step `start`
-    # wants it: DDPM section 4.4. (slerp, right for two different noises, would magnify it here.)
+    # Both images get the same noise, so on a straight line it stays as strong as step `start` wants
+    # it. (DDPM section 4.4 blends two different noises along a line; half-way they are weaker.
+    # slerp, right for two different noises, would magnify the one that is shared.)
     between = interpolate(z_t[0::2], z_t[1::2], points, "lerp").transpose(0, 1)
     diffused = ldm.sample(z_t=between.flatten(0, 1), start=start, ddim_steps=min(50, start + 1))
     plain = interpolate(z_0[0::2], z_0[1::2], points, "lerp").transpose(0, 1)
