@@ -1,12 +1,13 @@
-"""How good are the digits? Scores of the trained scripts, and what guidance gives and takes.
+"""How good, how fast, how large? Runs the five scripts, scores their digits, prints the tables.
 
-    python 03_conditional_ddpm.py && python tests/benchmark.py 03
-    python 04_ddim_fast_sampling.py && python tests/benchmark.py 04
+    python tests/benchmark.py            # all five, or e.g. `python tests/benchmark.py 02 04`
 
-needs real MNIST in `data/` and the checkpoints that the scripts leave. It prints the tables of the
-README in Markdown and leaves pictures in `outputs/benchmark/`, and all samples that it has drawn:
-stopped, it goes on there; with other weights or another script it draws anew. The images are judged
-by a digit classifier, trained on MNIST here within two minutes and kept there as well:
+runs each script as it is, unless it has a finished run of it, and prints the tables of the README
+in Markdown. It needs Linux or macOS, MNIST in `data/` or a network to download it, and on two cores
+without a GPU about three hours, most of them for the thousand steps of DDPM. Whatever is ready is
+kept in `outputs/benchmark/`: stopped, it goes on there; with other weights or another script it
+starts anew. A run that was not started from here counts as finished, but its time is not known.
+The digits are judged by a classifier, trained on MNIST here within two minutes:
 
 Fréchet distance   between the Gaussians that fit the classifier's 128 features of the samples and
                    of MNIST's 60,000 training images; as FID does it with the features of Inception
@@ -21,11 +22,16 @@ read as asked      share of the samples that the classifier takes for the digit 
 spread             mean distance between two samples of the same digit; real test images have 1
 """
 
+import ast
 import hashlib
 import importlib.util
+import json
 import os
 import platform
+import re
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +49,15 @@ OUT_DIR = ROOT / "outputs" / "benchmark"
 SCALES = 0, 1, 2, 3, 5, 7, 10
 COUNT, SEED = 1000, 123  # samples to score, and the seed of their noise
 CPU = torch.device("cpu")
-DDIM_SCRIPT = "04_ddim_fast_sampling.py"  # samples for 03 as well, being faster
+# Starts a program and says how much memory it took at most. In a small process of its own, for what
+# starts a program counts as the program's memory.
+MEASURE = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:])
+print("peak memory", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
+SCRIPTS = {path.name[:2]: path.name for path in sorted(ROOT.glob("0*_*.py"))}
 
 
 # %% The judge
@@ -126,7 +140,7 @@ class Judge:
     def score(self, images, labels=None):
         """Return the scores of images (N, 1, 28, 28) in [-1, 1] by name; labels: what was asked."""
         features, guesses = look(self.model, images)
-        real = self.test_features[: len(features)]
+        real = self.test_features[: len(features)]  # never the images themselves: see `main`
         confident = (guesses.max(1).values > 0.8).double().mean().item()
         scores = {
             "Fréchet distance": frechet_distance(features, self.train_features),
@@ -182,11 +196,92 @@ def load(name):
     return module
 
 
+def folder_of(script):
+    return ROOT / "outputs" / Path(script).stem
+
+
+def code_of(script, only_method=False):
+    """Return what a script does: its syntax without comments and docstrings, as text.
+
+    only_method: only schedule, networks, loss and sampler, on which samples of given weights depend.
+    """
+    text = (ROOT / script).read_text(encoding="utf-8")
+    if only_method:
+        text = re.search(r"(?ms)^# %% 3\. .*?(?=^# %% \d\. Training)", text)[0]
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        can_have_one = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if can_have_one and ast.get_docstring(node):
+            del node.body[0]
+    return ast.dump(tree)
+
+
+def digest_of(*parts):
+    """Return a few letters that change with any of the parts: text, or weights by name."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            for name, weight in part.items():
+                digest.update(name.encode() + weight.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def run(script):
+    """Run a script to its end, unless that has been done, and return what it took.
+
+    That is {"seconds", "megabytes", "output"}, or {} if it was run, but not from here.
+    """
+    OUT_DIR.mkdir(parents=True, exist_ok=True)
+    record = OUT_DIR / f"run_{script[:2]}.json"
+    code = digest_of(code_of(script))
+    if record.exists():
+        known = json.loads(record.read_text(encoding="utf-8"))
+        if known["code"] == code and (folder_of(script) / "samples.png").exists():
+            return known
+    elif (folder_of(script) / "samples.png").exists():
+        return {}
+    print(f"Running {script}: see {record.with_suffix('.log')}", file=sys.stderr)
+    start = time.monotonic()
+    with record.with_suffix(".log").open("w+", encoding="utf-8") as log:
+        command = [sys.executable, "-c", MEASURE, sys.executable, script]
+        status = subprocess.call(command, cwd=ROOT, stdout=log, stderr=log)
+        seconds = time.monotonic() - start
+        log.seek(0)
+        output = log.read()
+    if status:
+        sys.exit(f"{script} failed:\n{output[-2000:]}")
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    megabytes = int(re.search(r"peak memory (\d+)", output)[1]) * unit / 1e6
+    known = {"code": code, "seconds": seconds, "megabytes": megabytes, "output": output}
+    partial_file = record.with_suffix(".part")
+    partial_file.write_text(json.dumps(known), encoding="utf-8")
+    os.replace(partial_file, record)
+    return known
+
+
+def cost_of(script, *networks):
+    """Return the columns of the main table that say what a run of the script took."""
+    known, parameters = run(script), [sum(w.numel() for w in n.values()) for n in networks]
+    speeds = re.findall(r"100%.* ([\d.]+)(k?) images/s", known.get("output", ""))
+    images = [f"{float(n) * (1000 if k else 1):.0f}" for n, k in speeds[-1:]]
+    minutes, seconds = divmod(round(known.get("seconds", 0)), 60)
+    return {
+        "command": f"`python {script}`",
+        "wall time": f"{minutes} min {seconds} s" if known else "not known",
+        "peak memory": f"{known['megabytes'] / 1000:.1f} GB" if known else "not known",
+        "parameters": " + ".join(f"{count:,}" for count in parameters),
+        "images/s in training": images[0] if images else "not known",
+    }
+
+
 def read_checkpoint(script, module, network):
-    """Return a script's network with averaged weights, a digest, and β; or say what to run."""
-    path = ROOT / "outputs" / Path(script).stem / "checkpoint.pt"
+    """Return a script's network with averaged weights, these weights, a digest, and β."""
+    run(script)
+    path = folder_of(script) / "checkpoint.pt"
     if not path.exists():
-        sys.exit(f"There is no {path}: run `python {script}` first.")
+        sys.exit(f"There is no {path}: delete {path.parent}, and it will be made anew.")
     state = torch.load(path, weights_only=True, map_location="cpu")
     s = state["settings"]
     if s["DATASET"] != "MNIST":
@@ -194,14 +289,13 @@ def read_checkpoint(script, module, network):
     schedules = {"cosine": module.cosine_beta_schedule, "linear": module.linear_beta_schedule}
     betas = schedules[s["SCHEDULE"]](s["T"])
     names = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"
-    architecture = [s[name] for name in names]
+    shape = (s["LATENT_CH"], 8, 8) if "LATENT_CH" in s else (1, 28, 28)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
-    model = network((1, 28, 28), *architecture, alphas_cumprod)
+    model = network(shape, *[s[name] for name in names], alphas_cumprod)
     model.load_state_dict(state["averaged"])
-    digest = hashlib.sha256((ROOT / script).read_bytes() + (ROOT / DDIM_SCRIPT).read_bytes())
-    for name, weight in state["averaged"].items():
-        digest.update(name.encode() + weight.numpy().tobytes())
-    return model.eval().to(memory_format=torch.channels_last), digest.hexdigest(), betas
+    model = model.eval().to(memory_format=torch.channels_last)
+    digest = digest_of(code_of(script, only_method=True), state["averaged"])
+    return model, state["averaged"], digest, betas
 
 
 def draw(name, digest, sample, folder=OUT_DIR, size=250):
@@ -222,8 +316,9 @@ def draw(name, digest, sample, folder=OUT_DIR, size=250):
     return samples
 
 
-def print_table(rows):
+def print_table(title, rows):
     """Print rows, dicts with the same keys, as a table in Markdown."""
+    print(f"\n{title}:\n")
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
@@ -238,11 +333,43 @@ def in_words(scores):
     }
 
 
+def benchmark_01(judge):
+    """Score 01 by its own sampler: return its row of the main table."""
+    script = SCRIPTS["01"]
+    module = load(script)
+    cost = cost_of(script)
+    weights = torch.load(folder_of(script) / "weights.pt", weights_only=True)
+    betas = module.linear_beta_schedule(module.T)
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
+    model = module.SimpleUNet(1, module.BASE_CH, alphas_cumprod)
+    model.load_state_dict(weights)
+    ddpm = module.DDPM(model, betas, (1, 28, 28), CPU)
+    digest = digest_of(code_of(script, only_method=True), weights)
+    samples = draw(f"01_ddpm_{ddpm.T}", digest, lambda n, _: ddpm.sample(n))
+    cost["parameters"] = f"{sum(w.numel() for w in weights.values()):,}"
+    return {**cost, "sampler": f"DDPM, {ddpm.T} steps", **in_words(judge.score(samples))}
+
+
+def benchmark_02(judge):
+    """Score 02 by its own sampler: return its row of the main table."""
+    script = SCRIPTS["02"]
+    module = load(script)
+    model, weights, digest, betas = read_checkpoint(script, module, module.UNet)
+    ddpm = module.DDPM(model, betas, (1, 28, 28), CPU)
+    samples = draw(f"02_ddpm_{ddpm.T}", digest, lambda n, _: ddpm.sample(n))
+    cost = cost_of(script, weights)
+    return {**cost, "sampler": f"DDPM, {ddpm.T} steps", **in_words(judge.score(samples))}
+
+
 def benchmark_03(judge):
-    """Score 03 at several guidance scales by 50 DDIM steps, and at one by all its own steps."""
-    script = "03_conditional_ddpm.py"
-    module, ddim_module = load(script), load(DDIM_SCRIPT)
-    model, digest, betas = read_checkpoint(script, module, module.ConditionalUNet)
+    """Score 03 at several guidance scales by 50 DDIM steps, and at one by all its own steps.
+
+    Prints a table and returns the row of the main table.
+    """
+    script = SCRIPTS["03"]
+    module, ddim_module = load(script), load(SCRIPTS["04"])
+    model, weights, digest, betas = read_checkpoint(script, module, module.ConditionalUNet)
+    digest_ddim = digest_of(digest, code_of(SCRIPTS["04"], only_method=True))
     shape, labels = (1, 28, 28), torch.arange(COUNT) % 10
     ddpm = module.GuidedDDPM(model, betas, shape, CPU, 0.1, module.CLASS_NAMES["MNIST"])
 
@@ -254,54 +381,113 @@ def benchmark_03(judge):
 
     rows, results = [], {}
     for scale in SCALES:
-        samples = draw(f"03_ddim_50_scale_{scale}", digest, partial(by_ddim, scale=scale))
+        samples = draw(f"03_ddim_50_scale_{scale}", digest_ddim, partial(by_ddim, scale=scale))
         results[scale] = judge.score(samples, labels)
         rows.append({"guidance scale": scale, "sampler": "DDIM, 50", **in_words(results[scale])})
-        print(rows[-1], file=sys.stderr)
 
     def by_ddpm(n, first):
-        return ddpm.sample(n, labels[first : first + n], 3.0)
+        return ddpm.sample(n, labels[first : first + n], module.GUIDANCE_SCALE)
 
-    scores = judge.score(draw("03_ddpm_scale_3", digest, by_ddpm), labels)
-    rows.append({"guidance scale": 3, "sampler": f"DDPM, {ddpm.T}", **in_words(scores)})
-    print_table(rows)
+    scale = f"{module.GUIDANCE_SCALE:g}"
+    samples = draw(f"03_ddpm_scale_{scale}", digest, by_ddpm)
+    scores = in_words(judge.score(samples, labels))
+    rows.append({"guidance scale": scale, "sampler": f"DDPM, {ddpm.T}", **scores})
+    print_table("What guidance gives and takes", rows)
     note = f"MNIST, {COUNT:,} samples each, DDIM with 50 steps, seed {SEED}"
     print(f"Saved {trade_off(results, OUT_DIR / 'guidance_trade_off.png', note=note)}")
+    sampler = f"DDPM, {ddpm.T} steps, scale {scale}"
+    del scores["spread"]
+    return {**cost_of(script, weights), "sampler": sampler, **scores}
 
 
 def benchmark_04(judge):
-    """Score each sampler of 04."""
-    module = load(DDIM_SCRIPT)
-    model, digest, betas = read_checkpoint(DDIM_SCRIPT, module, module.UNet)
+    """Score each sampler of 04: print a table and return the row of the main table."""
+    script = SCRIPTS["04"]
+    module = load(script)
+    model, weights, digest, betas = read_checkpoint(script, module, module.UNet)
     ddim = module.DDIM(model, betas, (1, 28, 28), CPU)
-    rows = []
+    output = run(script).get("output", "")
+    rows, default = [], None
     for name, sampler, all_steps in (
         ("DDPM", lambda n, _: ddim.sample(n), (ddim.T,)),
         ("DDIM, η = 0", ddim.ddim_sample, (10, 15, 20, 50, 100)),
         ("DDIM, η = 1", partial(ddim.ddim_sample, eta=1.0), (10, 15, 20, 50, 100)),
         ("DPM-Solver++(2M)", ddim.dpm_solver_sample, (10, 15, 20)),
+        ("the same, even steps", partial(ddim.dpm_solver_sample, power=1), (10, 15, 20)),
     ):
         for steps in all_steps:
             file = f"04_{name}_{steps}".replace(", η = ", "_eta_")
             samples = draw(file, digest, lambda n, _, s=steps, sample=sampler: sample(n, s))
             scores = in_words(judge.score(samples))
-            rows.append({"sampler": name, "calls of the network": steps, **scores})
-            print(rows[-1], file=sys.stderr)
-    print_table(rows)
+            if (name, steps) == (f"DDIM, η = {module.ETA:g}", module.DDIM_STEPS):
+                default = scores
+            # The script's own table: sampler, calls of the network, seconds for 64 images, speed-up
+            timed = re.search(rf"(?m)^ *{re.escape(name)}  +{steps}  +([\d.]+)  +(.+ ×)", output)
+            seconds, speedup = timed.groups() if timed else ("", "")
+            calls = {"sampler": name, "calls of the network": steps}
+            times = {"seconds for 64 images": seconds, "speed-up": speedup}
+            rows.append({**calls, **times, **scores})
+    print_table("The samplers of 04", rows)
+    sampler = f"DDIM, {module.DDIM_STEPS} steps"
+    return {**cost_of(script, weights), "sampler": sampler, **default}
 
 
-BENCHMARKS = {"03": benchmark_03, "04": benchmark_04}
+def benchmark_05(judge):
+    """Score 05 by its own sampler: print its table of costs, return its row of the main table."""
+    script = SCRIPTS["05"]
+    module = load(script)
+    model, weights, digest, betas = read_checkpoint(script, module, module.UNet)
+    vae_weights = torch.load(folder_of(script) / "vae.pt", weights_only=True)["averaged"]
+    vae = module.VAE((1, 28, 28), module.VAE_CH, module.LATENT_CH)
+    vae.load_state_dict(vae_weights)
+    vae = vae.eval().to(memory_format=torch.channels_last)
+    data = MNIST(ROOT / "data", train=True, download=True).data[:, None]
+    _, _, scale = module.encode_all(vae, data)
+    shape = (module.LATENT_CH, 8, 8)
+    ldm = module.LatentDiffusion(model, vae, scale, betas, shape, CPU)
+    digest, steps = digest_of(digest, vae_weights), module.DDIM_STEPS
+    samples = draw(f"05_ddim_{steps}", digest, lambda n, _: ldm.sample(n, steps))
+    lines = [re.split(r"  +", line.strip()) for line in run(script).get("output", "").splitlines()]
+    rows = [
+        dict(zip(("", "pixels", "latents", "ratio"), line)) for line in lines if "×" in line[-1]
+    ]
+    if rows:
+        print_table("05: the same U-Net on pixels and on latents", rows)
+    cost = cost_of(script, vae_weights, weights)
+    return {**cost, "sampler": f"DDIM, {steps} steps", **in_words(judge.score(samples))}
+
+
+BENCHMARKS = {
+    "01": benchmark_01,
+    "02": benchmark_02,
+    "03": benchmark_03,
+    "04": benchmark_04,
+    "05": benchmark_05,
+}
+
+
+def processor():
+    """Return the name of the processor and how many of its cores PyTorch uses."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
+    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} cores"
+
 
 if __name__ == "__main__":
     numbers = sys.argv[1:] or list(BENCHMARKS)
     if not set(numbers) <= set(BENCHMARKS):
         sys.exit(f"Usage: python tests/benchmark.py [{'] ['.join(BENCHMARKS)}]")
     judge = Judge()
-    floor = judge.score(read_mnist(train=False)[0][:COUNT])
+    # As many real images as there are samples; not those that precision and recall compare with.
+    real = judge.score(read_mnist(train=False)[0][COUNT : 2 * COUNT])
+    rows = [BENCHMARKS[number](judge) for number in numbers]
+    nothing = dict.fromkeys(rows[0], "")
+    rows.append({**nothing, "command": "real test images", **in_words(real)})
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print_table("The five scripts", [{key: row.get(key, "") for key in columns} for row in rows])
     print(
-        f"Classifier: {100 * judge.accuracy:.2f} % of MNIST's test images read correctly; "
-        f"{COUNT:,} real test images score a Fréchet distance of {floor['Fréchet distance']:.2f}. "
-        f"PyTorch {torch.__version__}, Python {platform.python_version()}, seed {SEED}."
+        f"On {processor()}; Python {platform.python_version()}, PyTorch {torch.__version__}. Real "
+        f"MNIST, the scripts' own settings and SEED; {COUNT:,} samples after "
+        f"torch.manual_seed({SEED}), 250 at a time. The classifier reads "
+        f"{100 * judge.accuracy:.2f} % of MNIST's test images correctly."
     )
-    for number in numbers:
-        BENCHMARKS[number](judge)

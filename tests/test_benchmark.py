@@ -46,3 +46,50 @@ def test_samples_come_in_parts_and_are_kept_while_the_weights_are_the_same(tmp_p
     assert len(firsts) == 4, "not drawn again"
     again = benchmark.draw("x", "weights 2", sample, tmp_path, size=300)
     assert len(firsts) == 8 and torch.equal(samples, again), "drawn again, from the same seed"
+
+
+def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    text = '"""A script."""\n# %% 1. Settings\nT = 5\n\n\n# %% 3. Steps\ndef f():\n    return 1\n\n\n# %% 4. Training\nx = 1\n'
+    commented = text.replace("A script", "The script").replace("return 1", "return 1  # one")
+    documented = text.replace("    return", '    """One."""\n    return')
+    changed, settings = text.replace("return 1", "return 2"), text.replace("T = 5", "T = 6")
+    (tmp_path / "a.py").write_text(text)
+    everything, section = benchmark.code_of("a.py"), benchmark.code_of("a.py", True)
+    for same in commented, documented:
+        (tmp_path / "a.py").write_text(same)
+        assert benchmark.code_of("a.py") == everything
+    (tmp_path / "a.py").write_text(changed)
+    assert benchmark.code_of("a.py") != everything and benchmark.code_of("a.py", True) != section
+    (tmp_path / "a.py").write_text(settings)
+    assert benchmark.code_of("a.py") != everything and benchmark.code_of("a.py", True) == section
+
+
+def test_a_run_is_measured_once_and_again_when_the_script_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "OUT_DIR", tmp_path / "outputs" / "benchmark")
+    text = (
+        "from pathlib import Path\n"
+        "folder = Path('outputs/02_x')\n"
+        "folder.mkdir(parents=True, exist_ok=True)\n"
+        "(folder / 'samples.png').touch()\n"
+        "memory = bytearray(200_000_000)\n"
+        "print('Epoch 1/2: 100%|##| 60k/60k [01:00<00:00, 2.50k images/s]')\n"
+        "print('Epoch 2/2: 100%|##| 60k/60k [01:00<00:00, 987 images/s]')\n"
+    )
+    (tmp_path / "02_x.py").write_text(text)
+    weights = {"a": torch.zeros(1000, 2), "b": torch.zeros(34)}
+    cost = benchmark.cost_of("02_x.py", weights)
+    assert cost["images/s in training"] == "987" and cost["parameters"] == "2,034"
+    assert cost["wall time"].startswith("0 min") and cost["peak memory"] in ("0.2 GB", "0.3 GB")
+    log = tmp_path / "outputs" / "benchmark" / "run_02.log"
+    log.unlink()
+    assert benchmark.cost_of("02_x.py", weights) == cost and not log.exists(), "not run again"
+    (tmp_path / "02_x.py").write_text(text.replace("987", "988"))
+    assert benchmark.cost_of("02_x.py", weights)["images/s in training"] == "988"
+    # A run that was not started from here: its outputs count, its time is not known.
+    (tmp_path / "outputs" / "benchmark" / "run_02.json").unlink()
+    assert benchmark.cost_of("02_x.py", weights)["wall time"] == "not known"
+    (tmp_path / "03_x.py").write_text("raise ValueError('broken')")
+    with pytest.raises(SystemExit, match=r"(?s)03_x.py failed:.*broken"):
+        benchmark.run("03_x.py")
