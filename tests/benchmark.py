@@ -203,7 +203,7 @@ def folder_of(script):
 def code_of(script, only_method=False):
     """Return what a script does: its syntax without comments and docstrings, as text.
 
-    only_method: only schedule, networks, loss and sampler, on which samples of given weights depend.
+    only_method: schedule, networks, loss and sampler, on which samples of given weights depend.
     """
     text = (ROOT / script).read_text(encoding="utf-8")
     if only_method:

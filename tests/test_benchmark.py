@@ -50,7 +50,10 @@ def test_samples_come_in_parts_and_are_kept_while_the_weights_are_the_same(tmp_p
 
 def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "ROOT", tmp_path)
-    text = '"""A script."""\n# %% 1. Settings\nT = 5\n\n\n# %% 3. Steps\ndef f():\n    return 1\n\n\n# %% 4. Training\nx = 1\n'
+    text = (
+        '"""A script."""\n# %% 1. Settings\nT = 5\n\n\n'
+        "# %% 3. Steps\ndef f():\n    return 1\n\n\n# %% 4. Training\nx = 1\n"
+    )
     commented = text.replace("A script", "The script").replace("return 1", "return 1  # one")
     documented = text.replace("    return", '    """One."""\n    return')
     changed, settings = text.replace("return 1", "return 2"), text.replace("T = 5", "T = 6")
