@@ -77,9 +77,9 @@ from utils.visualize import (
     table,
 )
 
-# A checkpoint goes on only with the settings that it was made with. To train with others, delete
-# outputs/04_ddim_fast_sampling/checkpoint.pt or set another OUT_DIR. DDIM_STEPS and ETA may change
-# at any time: they have no part in the training.
+# A checkpoint can be resumed only with the settings that it was made with. To train with others,
+# delete outputs/04_ddim_fast_sampling/checkpoint.pt or set another OUT_DIR. DDIM_STEPS
+# and ETA may change at any time: they have no part in the training.
 ON_GPU = torch.cuda.is_available()  # no setting: an NVIDIA GPU gets the larger values below
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", or "DRAWN": digits drawn offline
 T = 1000  # noise steps in training; sampling may take fewer: DDIM_STEPS
@@ -87,7 +87,7 @@ SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear"
 BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; DDPM's code has 128 for CIFAR-10
 CHANNEL_MULT = (1, 2, 4)  # channels of each level in multiples of BASE_CH; 28 → 14 → 7 pixels
 NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
-ATTENTION_AT = (14, 16)  # image sides with self-attention; the middle, at 7 or 8, always has it
+ATTENTION_AT = (14, 16)  # sides with self-attention: MNIST's 14, CIFAR10's 16; the middle has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # against learning photographs by heart
 FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirrored 3 is no digit
 EPOCHS = 30 if ON_GPU else 6  # passes through the data; CIFAR10 needs hundreds (DDPM: 2,000)
@@ -111,9 +111,9 @@ OUT_DIR_02 = ROOT / "outputs" / "02_ddpm"  # NEW in 04: its checkpoint will do, 
 def load_images(name, folder):
     """Return the training images, uint8 (N, C, H, W), labels, int64 (N,), and the data set's name.
 
-    The labels, 0 ... 9, have no part before 03. If MNIST is neither in `folder` nor to be
-    downloaded, drawn digits take its place and a line says why. Any other data set that cannot be
-    had ends the program.
+    The labels, 0 ... 9, have no part before 03. If MNIST is not in `folder` and cannot be
+    downloaded, drawn digits take its place and a line says why. If any other data set is missing,
+    the program ends.
     """
     if name == "DRAWN":
         images, labels = draw_digits()
@@ -165,7 +165,8 @@ def q_sample(x_0, t, noise, alphas_cumprod):
     q is the paper's name for the process that adds noise, p for the one that removes it.
     """
     alpha_bar_t = alphas_cumprod[t].view(-1, 1, 1, 1)
-    # DDPM Eq. 2, one step:  x_t = √α_t · x_{t−1} + √β_t · ε.  All steps up to t together are
+    # DDPM Eq. 2, one step:  x_t = √α_t · x_{t−1} + √β_t · ε.  The sum of independent Gaussians is
+    # one, and their variances add up, here to 1 − ᾱ_t. So all steps up to t together are
     # DDPM Eq. 4:  x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε
     return alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * noise
 
@@ -275,7 +276,7 @@ class UNet(nn.Module):
         widths = [base_ch * mult for mult in ch_mult]
         has_attention = [side // 2**level in attention_at for level in range(len(widths))]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        ch, skip_channels = base_ch, [base_ch]  # now, and of each output that is handed across
+        ch, skip_channels = base_ch, [base_ch]  # of h now; of each output that is handed across
         for level, width in enumerate(widths):
             if level > 0:
                 self.down.append(nn.Conv2d(ch, ch, 3, stride=2, padding=1))
@@ -310,14 +311,14 @@ class UNet(nn.Module):
             for layer in self.down:
                 h = layer(h, time) if isinstance(layer, ResBlock) else layer(h)
                 skips.append(h)
-            h = self.middle_2(self.middle_1(h, time), time)  #  by default (B, 4·base_ch, 7, 7)
+            h = self.middle_2(self.middle_1(h, time), time)  #  (B, ch, side, side), the coarsest
             for layer in self.up:
                 if isinstance(layer, ResBlock):
                     h = layer(torch.cat([h, skips.pop()], dim=1), time)
                 else:
                     h = layer(h)
             h = self.conv_out(F.silu(self.norm_out(h)))  #               (B, channels, side, side)
-        # As in 01: with h = 0 this is right for pixels from N(0, 1); h learns how images differ.
+        # As in 01: the exact h is v = √ᾱ_t · ε − √(1−ᾱ_t) · x_0; with it this is ε.
         alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         return (1 - alpha_bar_t).sqrt() * x_t + alpha_bar_t.sqrt() * h.float()
 
@@ -356,9 +357,8 @@ class DDPM:
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         error = (noise - noise_pred).square().flatten(1).mean(dim=1)  # (B,)
         # DDPM Eq. 14 is the plain mean of ‖ε − ε_θ(x_t, t)‖². Any weight for each t has the same
-        # ideal answer; ours is 1/√ᾱ_t. From the middle of the steps on it is decided which digit it
-        # will be, but the error there is tiny, as x_t is mostly noise, and would hardly count in a
-        # short training.
+        # ideal answer; ours is 1/√ᾱ_t. With our U-Net the error is ᾱ_t · ‖v − h‖²: at large t, when
+        # it is decided which digit it will be, so tiny that in a short training it hardly counts.
         return (error / self.alphas_cumprod[t].sqrt()).mean()
 
     def p_sample(self, x_t, t):
@@ -367,14 +367,15 @@ class DDPM:
         alpha_bar_t = self.alphas_cumprod[t]
         # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t
         x_0_pred = (x_t - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()
-        # 1/√ᾱ_t magnifies what is wrong with ε_θ: at the start 157 times with the linear schedule,
-        # 20,000 times with the cosine one. (Our U-Net undoes that, as it multiplies h by √ᾱ_t; one
-        # that returns ε itself does not.) No image has values beyond [-1, 1], so neither may x̂_0;
-        # DDPM's own code clamps it, too. (Unclamped, all this is Algorithm 2, line 4, with σ_t² =
-        # β̃_t, one of the two choices of section 3.2.)
+        # 1/√ᾱ_t magnifies what is wrong with ε_θ: where sampling begins 157 times with the linear
+        # schedule, 20,000 times with the cosine one. (Our U-Net undoes that, as it multiplies h by
+        # √ᾱ_t; one that returns ε itself does not.) No image has values beyond [-1, 1], so neither
+        # may x̂_0; DDPM's own code clamps it too. (Unclamped, all this is Algorithm 2, line 4, with
+        # σ_t² = β̃_t, one of the two choices of section 3.2.)
         x_0_pred = x_0_pred.clamp(-1, 1)
-        # From strong noise x̂_0 is but a blur, so we go only one step towards it (DDPM Eq. 7), and
-        # add fresh noise to have as much as the network expects in an image of step t − 1.
+        # From strong noise x̂_0 is but a blur, the mean of all images it may be, so we go only one
+        # step towards it (DDPM Eq. 7), and add fresh noise to have as much as the network expects
+        # in an image of step t − 1.
         x_prev = self.mean_factor_x_0[t] * x_0_pred + self.mean_factor_x_t[t] * x_t
         if t > 0:  # Algorithm 2, line 3: none in the last step (β̃ is 0 there anyway, but β is not)
             x_prev = x_prev + self.posterior_std[t] * torch.randn_like(x_t)
@@ -481,9 +482,9 @@ class DDIM(DDPM):
 
         x_0: (B, C, H, W) in [-1, 1]. ddim_steps: 1 ... T, as many as the way back will take; raises
         ValueError for others. With η = 0 and small steps DDIM follows a differential equation (DDIM
-        Eq. 14), which holds in both directions (section 5.4). Sampling asks the network where a
-        step begins. Run backwards that is where the step ends, a place not yet reached; so we ask
-        at its beginning, and err a little. Shorter steps err less.
+        Eq. 14), which holds in both directions (section 5.4). Sampling asks the network at
+        the point where a step starts. Backwards, that point is the step's end and not yet known; so
+        we ask at the point that we have, and err a little. Shorter steps err less.
         """
         x_t, timesteps = x_0, self.timesteps(ddim_steps)[::-1]  # -1 ... T - 1
         bar = tqdm(timesteps[:-1], "Inverting", unit=" steps", leave=False)
@@ -498,12 +499,12 @@ class DDIM(DDPM):
 
     @torch.no_grad()
     def dpm_solver_sample(self, n=16, steps=15, x_T=None, power=2):
-        """GOING FURTHER than DDIM: DPM-Solver++(2M), of second order, for few steps: 10 to 20.
+        """GOING FURTHER than DDIM: DPM-Solver++(2M), good with as few as 10 to 20 steps.
 
         steps: 1 ... T; n and x_T as in ddim_sample; there is no fresh noise. DDIM takes x̂_0 to be
-        constant during a step; here it goes on changing as it did in the last one, and D is what
-        it will be half-way in λ. Raises ValueError for steps out of range. DPM-Solver++ Algorithm
-        2; x̂_0 is clamped, as its authors advise; their α_t and σ_t are √ᾱ_t and √(1−ᾱ_t) here.
+        constant during a step. Here the last two guesses are continued to the middle of the step,
+        in λ (2M: second order, multistep). Raises ValueError for steps out of range. DPM-Solver++
+        Algorithm 2; x̂_0 is clamped, as its authors advise; their α_t is √ᾱ_t, their σ_t √(1−ᾱ_t).
         """
         self.timesteps(steps)  # raises the ValueError
         # power = 1: even steps. power = 2: short ones while the noise is strong and it is decided
@@ -551,10 +552,18 @@ def best_precision(device):
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
+def best_layout(device):
+    """Return the order in memory in which convolutions are fast: the channels of a pixel together.
+
+    On a CPU that halves the time. Apple's GPUs have given wrong results with it.
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 def derive_seed(*parts):
     """Return a seed made of its parts, such as (SEED, "step", 7): the same in every run.
 
-    Different parts give unrelated seeds, which SEED + 7 would not: it is also the 6 of SEED + 1.
+    Different parts give unrelated seeds. SEED + step would not: 0 + 7 and 1 + 6 are the same.
     """
     return random.Random(repr(parts)).getrandbits(63)
 
@@ -569,10 +578,11 @@ def to_batch(images, flip=False):
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum, its updates with singular values near 1: none is neglected.
+    """Momentum whose update moves a matrix of weights about equally far in all directions.
 
-    In 01, after 25,000 images, the squared error of x̂_0 at t = 300 is 0.055 with it and 0.067 with
-    Adam (learning rate 0.004). weights: parameters of two or more dimensions; lr: about 0.02.
+    It has nothing to do with diffusion, and Adam works too, but is slower: in 01, after 25,000
+    images, the squared error of x̂_0 at t = 300 is 0.067 with Adam (at its best learning rate of
+    those tried, 0.004), 0.055 with Muon. weights: parameters of two or more dimensions; lr: 0.02.
     Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes no convolutions,
     and computes in bfloat16, which is slow on many CPUs.)
     """
@@ -588,9 +598,10 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["average"] = torch.zeros_like(weight)
                 average = state["average"].lerp_(weight.grad, 0.05)
-                u = weight.grad.lerp(average, 0.95).flatten(1)  # (out, in · kernel)
-                u = u / (u.norm() + 1e-7)  # all singular values σ are at most 1; now lift them to
-                for _ in range(5):  # about 1 (Newton-Schulz): σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
+                u = weight.grad.lerp(average, 0.95).flatten(1)  # Nesterov; (out, in · kernel)
+                u = u / (u.norm() + 1e-7)  # now all singular values σ are at most 1
+                # Lift them to about 1, by steps of Newton and Schulz with Jordan's coefficients:
+                for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
                     gram = u @ u.T
                     u = 3.4445 * u + (2.0315 * gram @ gram - 4.7750 * gram) @ u
                 step_size = group["lr"] * max(1, u.shape[0] / u.shape[1]) ** 0.5
@@ -682,7 +693,7 @@ class Trainer:
         # EMA, exponential moving average:  average ← decay · average + (1 − decay) · weights.
         # It reaches back over about 1 / (1 − decay) steps. 10,000 of them would in a short training
         # be mostly the random weights of the start, so at first it reaches over the last ninth of
-        # the steps, until that is more than EMA_DECAY allows.
+        # the steps so far, until EMA_DECAY reaches less far.
         decay = min(self.settings["EMA_DECAY"], (1 + self.step) / (10 + self.step))
         with torch.no_grad():  # foreach: one call for all weights
             averages, weights = list(self.averaged.parameters()), list(self.model.parameters())
@@ -708,7 +719,7 @@ class Trainer:
         with bar:
             # Each process has shuffled alike, and takes every world-th image of each batch.
             for index in batches[first:, self.rank :: self.world]:
-                losses.append(self.train_step(index))  # no .item(): a GPU would wait for it
+                losses.append(self.train_step(index))  # no .item(): it waits for the GPU
                 bar.update(batch_size)
                 last = self.stop_requested or self.step % self.steps_per_epoch == 0
                 if last or len(losses) % 50 == 0:  # last: a checkpoint follows, it must be sound
@@ -740,7 +751,7 @@ class Trainer:
         if self.stop_requested:
             sys.exit("Stopped at once. The checkpoint of the last epoch is whole.")
         self.stop_requested = True
-        print("\nStopping after this step; Ctrl-C again stops at once.")
+        print("\nStopping after the step or picture under way; Ctrl-C again stops at once.")
 
     def run(self, path):
         """Train to the end or to Ctrl-C; after each epoch save a checkpoint and yield its number.
@@ -807,11 +818,11 @@ class Trainer:
             )
         try:
             for name in self.PARTS:
-                if state[name]:  # empty: the scaler of a training without float16
+                if state[name] or name != "scaler":  # empty in a training without float16
                     getattr(self, name).load_state_dict(state[name])
             for name in self.VALUES:
                 setattr(self, name, state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except Exception as error:
             reason = " ".join(str(error).split())[:100]
             sys.exit(f"{path} does not fit the network of this script ({reason}). {start_anew}")
         print(f"Going on from step {self.step:,} of {self.total_steps:,}.")
@@ -865,9 +876,10 @@ def join_processes():
     if ON_GPU:
         torch.cuda.set_device(local_rank)  # from here on "cuda" means this process's GPU
     if world > 1:
-        backend = "nccl" if ON_GPU and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
-        # Two hours, as the others must wait while the first process downloads or draws samples.
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        nccl = ON_GPU and dist.is_nccl_available()  # Windows has none
+        backend, own_gpu = ("nccl", torch.device("cuda", local_rank)) if nccl else ("gloo", None)
+        # Two hours, as the others must wait while the first process downloads or makes samples.
+        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=own_gpu)
     if rank > 0:
         sys.stdout = io.StringIO()  # one process speaks for all
     return rank, world
@@ -891,7 +903,7 @@ def load_images_in_turn(name, folder, rank, world):
 
 
 def check_agreement(start, world):
-    """End the program unless all processes start with the same: a tuple that describes it."""
+    """End the program unless start, a tuple of what a process starts with, is the same in all."""
     everyone = [start] * world
     if world > 1:
         dist.all_gather_object(everyone, start)
@@ -990,7 +1002,7 @@ def compare_samplers(ddim, seed, count=64):
     ):
         for steps in [n for n in all_steps if n <= ddim.T] or [1]:
             runs[name, steps] = partial(sampler, count, steps)
-    ddim.ddim_sample(count, 1)  # the first call with so many images is slow: it does not count
+    ddim.ddim_sample(count, 1).cpu()  # the first call with so many images is slow: it is left out
     results = {}
     for key, run in runs.items():
         torch.manual_seed(seed)  # each draws the starting noise first: the same for all
@@ -1011,7 +1023,8 @@ def save_comparison(ddim, seed, out_dir, note):
     ]
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in header, *rows:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+        line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths))
+        print(line.replace("η", "eta").replace("×", "x"))  # which any log file can hold
     title = f"The same network, other samplers, on {ddim.device}"
     table(header, rows, out_dir / "speed.png", title, note)
     faster = [key for key in results if key[0] != "DDPM"]
@@ -1084,7 +1097,7 @@ def save_figures_of_sampling(ddim, trainer, images, ddim_steps, eta, out_dir, no
     denoising_strip(frames, out_dir / "denoising.png", f"From noise to image, {title}", note)
     denoising_gif(frames, out_dir / "denoising.gif", note=short_note)
     loss_curve(trainer.losses, out_dir / "loss.png", note=note)
-    print(f"Saved these and more as .png and .gif in {out_dir}")
+    print(f"Saved samples, samplers, inversion, interpolation, transitions and more in {out_dir}")
 
 
 FIXED = (  # the settings that a checkpoint must agree with
@@ -1113,7 +1126,7 @@ if __name__ == "__main__":
     architecture = shape, BASE_CH, CHANNEL_MULT, NUM_BLOCKS, ATTENTION_AT, DROPOUT
     alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
     model = UNet(*architecture, alphas_cumprod, best_precision(device))
-    model.to(device, memory_format=torch.channels_last)  # the layout that convolutions want
+    model.to(device, memory_format=best_layout(device))
     # DistributedDataParallel: equal weights everywhere, and the mean of all processes' gradients
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     ddpm_in_training = DDPM(parallel, betas, shape, device)
@@ -1134,7 +1147,7 @@ if __name__ == "__main__":
     for epoch in trainer.run(out_dir / "checkpoint.pt"):
         if rank == 0:
             save_fast_preview(ddim, trainer, epoch, PREVIEW_EVERY, DDIM_STEPS, ETA, out_dir, note)
-    parallel = ddpm_in_training.model = model  # lets go of DistributedDataParallel
+    parallel = ddpm_in_training.model = model  # without DistributedDataParallel, which ends now
     leave_processes(world)
     if rank == 0:
         save_figures_of_sampling(ddim, trainer, images, DDIM_STEPS, ETA, out_dir, note)

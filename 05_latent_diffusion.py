@@ -8,9 +8,9 @@ into few numbers, its latents, and back. Stage 2 trains diffusion on these laten
 schedule, training and sampler as before, on 8 × 8 places in place of 28 × 28. To sample, diffusion
 makes latents out of noise, and the decoder an image out of the latents.
 "Stable" is no property of the method; Stability AI gave the computing time. What does make
-training on latents well-behaved is that they are regularised (a small KL term keeps them together
-and smooth) and have the variance 1, so that z_t has it at every t. Text as input is left out
-(cross-attention, LDM section 3.3); guidance is that of 03.
+training on latents well-behaved is that they are regularised (a KL term, a small penalty for
+leaving N(0, 1), keeps them together and smooth) and have the variance 1, so that z_t has it at
+every t. Text as input is left out (cross-attention, LDM section 3.3); guidance is that of 03.
 What is new is marked `NEW in 05`; U-Net and training are those of 02, the sampler is that of 04.
 
 You see in `outputs/05_latent_diffusion/` what the VAE keeps of an image, and what it makes of noise
@@ -22,8 +22,8 @@ images, `ldm.decode(ldm.encode(x))` (scaled latents) or `vae.decode(vae.encode(x
 
 Measured with these settings on MNIST, two cores of an AMD EPYC (Zen 3), PyTorch 2.14.1: 17 min 7 s
 from start to last picture, 2 of them for stage 1, with 2.1 GB of memory. Test images come back
-from their latents with 34 dB; loss and gradients cost 8.3 times less than on pixels. Not yet timed
-on a GPU.
+from their latents with a PSNR of 34 dB; loss and gradients cost 8.3 times less than on pixels. Not
+yet timed on a GPU.
 
 LDM = Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models,
 arXiv:2112.10752
@@ -78,10 +78,11 @@ from utils.visualize import (
     table,
 )
 
-# A checkpoint goes on only with the settings that it was made with. vae.pt (stage 1) depends on
-# DATASET ... KL_WEIGHT, FLIP, BATCH_SIZE, LEARNING_RATE, EMA_DECAY and SEED: to change one of these
-# delete vae.pt and checkpoint.pt; to change another, checkpoint.pt (stage 2) alone. Both are in
-# outputs/05_latent_diffusion/. Or set another OUT_DIR. DDIM_STEPS may change at any time.
+# A checkpoint can be resumed only with the settings that it was made with. vae.pt (stage 1) depends
+# on DATASET, LATENT_CH, VAE_CH, VAE_EPOCHS, KL_WEIGHT, FLIP, BATCH_SIZE, LEARNING_RATE, EMA_DECAY
+# and SEED: to change one of these delete vae.pt and checkpoint.pt; to change another, checkpoint.pt
+# (stage 2) alone. Both are in outputs/05_latent_diffusion/. Or set another OUT_DIR. DDIM_STEPS may
+# change at any time.
 ON_GPU = torch.cuda.is_available()  # no setting: an NVIDIA GPU gets the larger values below
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", or "DRAWN": digits drawn offline
 LATENT_CH = 4  # NEW in 05: channels of the 8 × 8 latents; more: sharper, but harder to model
@@ -91,7 +92,7 @@ KL_WEIGHT = 0.002  # NEW in 05: pull of the latents towards N(0, 1); see vae_los
 T = 1000  # noise steps in training; sampling takes DDIM_STEPS
 SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear" (DDPM)
 BASE_CH = 128 if ON_GPU else 48  # channels of the U-Net at 8 × 8; many, for they are cheap here
-CHANNEL_MULT = (1, 2)  # in multiples of BASE_CH; 8 → 4 places (cost.png halves pixels, too)
+CHANNEL_MULT = (1, 2)  # in multiples of BASE_CH; 8 → 4 places (cost.png: 28 → 14 pixels)
 NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
 ATTENTION_AT = (8,)  # sides of the latents with self-attention; the middle always has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # against learning photographs by heart
@@ -115,9 +116,9 @@ OUT_DIR = ROOT / "outputs" / "05_latent_diffusion"  # where pictures and checkpo
 def load_images(name, folder):
     """Return the training images, uint8 (N, C, H, W), labels, int64 (N,), and the data set's name.
 
-    The labels, 0 ... 9, have no part before 03. If MNIST is neither in `folder` nor to be
-    downloaded, drawn digits take its place and a line says why. Any other data set that cannot be
-    had ends the program.
+    The labels, 0 ... 9, have no part before 03. If MNIST is not in `folder` and cannot be
+    downloaded, drawn digits take its place and a line says why. If any other data set is missing,
+    the program ends.
     """
     if name == "DRAWN":
         images, labels = draw_digits()
@@ -169,7 +170,8 @@ def q_sample(x_0, t, noise, alphas_cumprod):
     q is the paper's name for the process that adds noise, p for the one that removes it.
     """
     alpha_bar_t = alphas_cumprod[t].view(-1, 1, 1, 1)
-    # DDPM Eq. 2, one step:  x_t = √α_t · x_{t−1} + √β_t · ε.  All steps up to t together are
+    # DDPM Eq. 2, one step:  x_t = √α_t · x_{t−1} + √β_t · ε.  The sum of independent Gaussians is
+    # one, and their variances add up, here to 1 − ᾱ_t. So all steps up to t together are
     # DDPM Eq. 4:  x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε
     return alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * noise
 
@@ -279,7 +281,7 @@ class UNet(nn.Module):
         widths = [base_ch * mult for mult in ch_mult]
         has_attention = [side // 2**level in attention_at for level in range(len(widths))]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        ch, skip_channels = base_ch, [base_ch]  # now, and of each output that is handed across
+        ch, skip_channels = base_ch, [base_ch]  # of h now; of each output that is handed across
         for level, width in enumerate(widths):
             if level > 0:
                 self.down.append(nn.Conv2d(ch, ch, 3, stride=2, padding=1))
@@ -314,14 +316,14 @@ class UNet(nn.Module):
             for layer in self.down:
                 h = layer(h, time) if isinstance(layer, ResBlock) else layer(h)
                 skips.append(h)
-            h = self.middle_2(self.middle_1(h, time), time)  #  by default (B, 4·base_ch, 7, 7)
+            h = self.middle_2(self.middle_1(h, time), time)  #  (B, ch, side, side), the coarsest
             for layer in self.up:
                 if isinstance(layer, ResBlock):
                     h = layer(torch.cat([h, skips.pop()], dim=1), time)
                 else:
                     h = layer(h)
             h = self.conv_out(F.silu(self.norm_out(h)))  #               (B, channels, side, side)
-        # As in 01: with h = 0 this is right for pixels from N(0, 1); h learns how images differ.
+        # As in 01: the exact h is v = √ᾱ_t · ε − √(1−ᾱ_t) · x_0; with it this is ε.
         alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         return (1 - alpha_bar_t).sqrt() * x_t + alpha_bar_t.sqrt() * h.float()
 
@@ -389,7 +391,9 @@ class VAE(nn.Module):
         """
         padded = F.pad(x, [self.margin] * 4, value=-1.0)  #                      (B, C, 32, 32)
         mean, log_variance = self.encoder(padded).chunk(2, dim=1)
-        return mean, log_variance.clamp(-20, 10)  # else exp() of an untrained guess may overflow
+        # clamp: else exp() of an untrained guess may overflow. clone: Apple's GPUs have had wrong
+        # results for convolutions of what is only a view of some channels.
+        return mean.clone(), log_variance.clamp(-20, 10)
 
     def decode(self, z):
         """Return images (B, C, side, side) in [-1, 1] of latents z (B, latent_ch, 8, 8)."""
@@ -397,8 +401,7 @@ class VAE(nn.Module):
 
     def reconstruct(self, z):
         """As decode, but unclamped, for training: a clamped pixel would learn nothing."""
-        side = 32 - 2 * self.margin
-        return self.decoder(z)[..., self.margin :, self.margin :][..., :side, :side]
+        return F.pad(self.decoder(z), [-self.margin] * 4)  # negative padding cuts off
 
     def forward(self, x):
         """Return the reconstruction of x (B, C, H, W), and its latents' mean and log variance."""
@@ -412,10 +415,11 @@ class VAE(nn.Module):
 def vae_loss(x, reconstruction, mean, log_variance, kl_weight):
     """Return the VAE's loss: squared error + kl_weight · KL divergence, both per pixel value.
 
-    kl_weight = 2 s² is the VAE of Kingma & Welling for pixels that may be off by s: 0.002 stands
-    for s = 0.03, 4 of 255 grey levels. Less gives sharper images, and latents that are rougher and
-    harder to model; more gives smoother latents and blurred images. LDM takes about 0.000001
-    (appendix G), which hardly binds the size of the latents: that is left to scaling.
+    kl_weight = 2 s² is the VAE of Kingma & Welling for pixels from N(x̂, s²), whose −log p is the
+    squared error / (2 s²): 0.002 stands for s = 0.03, 4 of 255 grey levels. Less gives sharper
+    images, and latents that are rougher and harder to model; more gives smoother latents and
+    blurred images. LDM takes about 0.000001 (appendix G), which hardly binds the size of the
+    latents: that is left to scaling.
 
     SIMPLIFIED: LDM adds a perceptual loss (LPIPS: the error in the features of a trained image
     classifier) and an adversarial one (a second network that learns to tell reconstructions from
@@ -535,10 +539,18 @@ def best_precision(device):
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
+def best_layout(device):
+    """Return the order in memory in which convolutions are fast: the channels of a pixel together.
+
+    On a CPU that halves the time. Apple's GPUs have given wrong results with it.
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 def derive_seed(*parts):
     """Return a seed made of its parts, such as (SEED, "step", 7): the same in every run.
 
-    Different parts give unrelated seeds, which SEED + 7 would not: it is also the 6 of SEED + 1.
+    Different parts give unrelated seeds. SEED + step would not: 0 + 7 and 1 + 6 are the same.
     """
     return random.Random(repr(parts)).getrandbits(63)
 
@@ -553,10 +565,11 @@ def to_batch(images, flip=False):
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum, its updates with singular values near 1: none is neglected.
+    """Momentum whose update moves a matrix of weights about equally far in all directions.
 
-    In 01, after 25,000 images, the squared error of x̂_0 at t = 300 is 0.055 with it and 0.067 with
-    Adam (learning rate 0.004). weights: parameters of two or more dimensions; lr: about 0.02.
+    It has nothing to do with diffusion, and Adam works too, but is slower: in 01, after 25,000
+    images, the squared error of x̂_0 at t = 300 is 0.067 with Adam (at its best learning rate of
+    those tried, 0.004), 0.055 with Muon. weights: parameters of two or more dimensions; lr: 0.02.
     Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes no convolutions,
     and computes in bfloat16, which is slow on many CPUs.)
     """
@@ -572,9 +585,10 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["average"] = torch.zeros_like(weight)
                 average = state["average"].lerp_(weight.grad, 0.05)
-                u = weight.grad.lerp(average, 0.95).flatten(1)  # (out, in · kernel)
-                u = u / (u.norm() + 1e-7)  # all singular values σ are at most 1; now lift them to
-                for _ in range(5):  # about 1 (Newton-Schulz): σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
+                u = weight.grad.lerp(average, 0.95).flatten(1)  # Nesterov; (out, in · kernel)
+                u = u / (u.norm() + 1e-7)  # now all singular values σ are at most 1
+                # Lift them to about 1, by steps of Newton and Schulz with Jordan's coefficients:
+                for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
                     gram = u @ u.T
                     u = 3.4445 * u + (2.0315 * gram @ gram - 4.7750 * gram) @ u
                 step_size = group["lr"] * max(1, u.shape[0] / u.shape[1]) ** 0.5
@@ -666,7 +680,7 @@ class Trainer:
         # EMA, exponential moving average:  average ← decay · average + (1 − decay) · weights.
         # It reaches back over about 1 / (1 − decay) steps. 10,000 of them would in a short training
         # be mostly the random weights of the start, so at first it reaches over the last ninth of
-        # the steps, until that is more than EMA_DECAY allows.
+        # the steps so far, until EMA_DECAY reaches less far.
         decay = min(self.settings["EMA_DECAY"], (1 + self.step) / (10 + self.step))
         with torch.no_grad():  # foreach: one call for all weights
             averages, weights = list(self.averaged.parameters()), list(self.model.parameters())
@@ -692,7 +706,7 @@ class Trainer:
         with bar:
             # Each process has shuffled alike, and takes every world-th image of each batch.
             for index in batches[first:, self.rank :: self.world]:
-                losses.append(self.train_step(index))  # no .item(): a GPU would wait for it
+                losses.append(self.train_step(index))  # no .item(): it waits for the GPU
                 bar.update(batch_size)
                 last = self.stop_requested or self.step % self.steps_per_epoch == 0
                 if last or len(losses) % 50 == 0:  # last: a checkpoint follows, it must be sound
@@ -724,7 +738,7 @@ class Trainer:
         if self.stop_requested:
             sys.exit("Stopped at once. The checkpoint of the last epoch is whole.")
         self.stop_requested = True
-        print("\nStopping after this step; Ctrl-C again stops at once.")
+        print("\nStopping after the step or picture under way; Ctrl-C again stops at once.")
 
     def run(self, path):
         """Train to the end or to Ctrl-C; after each epoch save a checkpoint and yield its number.
@@ -791,11 +805,11 @@ class Trainer:
             )
         try:
             for name in self.PARTS:
-                if state[name]:  # empty: the scaler of a training without float16
+                if state[name] or name != "scaler":  # empty in a training without float16
                     getattr(self, name).load_state_dict(state[name])
             for name in self.VALUES:
                 setattr(self, name, state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except Exception as error:
             reason = " ".join(str(error).split())[:100]
             sys.exit(f"{path} does not fit the network of this script ({reason}). {start_anew}")
         print(f"Going on from step {self.step:,} of {self.total_steps:,}.")
@@ -849,9 +863,10 @@ def join_processes():
     if ON_GPU:
         torch.cuda.set_device(local_rank)  # from here on "cuda" means this process's GPU
     if world > 1:
-        backend = "nccl" if ON_GPU and dist.is_nccl_available() else "gloo"  # Windows has no NCCL
-        # Two hours, as the others must wait while the first process downloads or draws samples.
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        nccl = ON_GPU and dist.is_nccl_available()  # Windows has none
+        backend, own_gpu = ("nccl", torch.device("cuda", local_rank)) if nccl else ("gloo", None)
+        # Two hours, as the others must wait while the first process downloads or makes samples.
+        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=own_gpu)
     if rank > 0:
         sys.stdout = io.StringIO()  # one process speaks for all
     return rank, world
@@ -875,7 +890,7 @@ def load_images_in_turn(name, folder, rank, world):
 
 
 def check_agreement(start, world):
-    """End the program unless all processes start with the same: a tuple that describes it."""
+    """End the program unless start, a tuple of what a process starts with, is the same in all."""
     everyone = [start] * world
     if world > 1:
         dist.all_gather_object(everyone, start)
@@ -947,13 +962,13 @@ def encode_all(vae, images):
     mean, deviation = torch.cat(means), (torch.cat(log_variances) / 2).exp()
     # LDM appendix G:  z ← z / σ̂. One σ̂ for all values, from all images (the paper takes the first
     # batch). Centres and clouds both count:  σ̂² = Var[μ] + E[σ²].
-    # Why: of data with the variance 1, z_t has it at every t, too. Of latents ten times as large
-    # the noise would hide half not at t = 496 but at 936 of 1000 (cosine): most of the training
-    # would be spent on nearly clean latents, and all that matters decided in the first few steps of
-    # sampling. (LDM 4.3.2 and D.1 show the harm to images larger than those trained on.)
-    # Where KL_WEIGHT has done its work the scale is near 1: to stretch a channel changes nothing
-    # but the KL term, which is least when the mean of μ² + σ² is 1. LDM's tiny weight does not get
-    # there: Stable Diffusion's latents have a standard deviation of 5.5, hence its 0.18215.
+    # Why: of data with the variance 1, z_t has it at every t, too. Latents ten times as large would
+    # be as strong as the noise not at t = 496 but at 936 of 1000 (cosine): training would mostly
+    # see nearly clean latents, and the first few steps of sampling would decide everything. (LDM
+    # 4.3.2 and D.1 show the harm to images larger than those trained on.)
+    # A large enough KL_WEIGHT brings the scale near 1 by itself: the decoder undoes any stretching
+    # of a channel, and the KL term is least when the mean of μ² + σ² is 1. LDM's tiny one does not:
+    # Stable Diffusion's latents have a standard deviation of 5.5, hence its 0.18215.
     variance = mean.var() + deviation.square().mean()
     return mean, deviation, 1 / variance.sqrt().item()
 
@@ -978,6 +993,9 @@ def train_vae(vae, images, settings, path, rank, world):
 
     images: uint8 (N, C, H, W). settings: all those at the head; the VAE depends on a part of them.
     """
+    other = path.with_name("checkpoint.pt")
+    if other.exists() and not path.exists():
+        sys.exit(f"{other} belongs to a VAE that is gone, {path}. Delete it as well.")
     names = "DATASET", "LATENT_CH", "VAE_CH", "KL_WEIGHT", "FLIP", "BATCH_SIZE", "LEARNING_RATE"
     own = {name: settings[name] for name in (*names, "EMA_DECAY", "SEED")}
     parallel = nn.parallel.DistributedDataParallel(vae) if world > 1 else vae
@@ -1012,7 +1030,7 @@ def save_autoencoder_figures(vae, latents, scale, alphas_cumprod, x, seed, out_d
     again = vae.decode(z)
     psnr = 10 * math.log10(4 / (again - x).square().mean().item())  # 4 = 2²: the range is 2
     print(f"Test images come back from their latents with {psnr:.1f} dB (PSNR).")
-    # What a VAE is for, officially: to decode noise. But the latents of digits fill only a small
+    # What a VAE is meant for: to decode noise. But the latents of digits fill only a small
     # part of N(0, 1), the less the smaller KL_WEIGHT is, and most noise lies elsewhere.
     noise = torch.randn(z[:12].shape, generator=torch.Generator().manual_seed(seed))
     prior = vae.decode(noise.to(z.device))
@@ -1069,7 +1087,7 @@ def save_costs(ldm, x_0, architecture, out_dir, note):
     rows, steps = [], min(50, ldm.T)
     for name, shape in ("pixels", x_0.shape[1:]), ("latents", ldm.latent_shape):
         model = UNet(shape, *architecture, ldm.alphas_cumprod, ldm.model.precision)
-        model.to(ldm.device, memory_format=torch.channels_last)
+        model.to(ldm.device, memory_format=best_layout(ldm.device))
         other = LatentDiffusion(model, ldm.vae, ldm.scale, ldm.betas, shape, ldm.device)
         data = x_0 if name == "pixels" else ldm.encode(x_0)
         seconds, megabytes = training_cost(partial(other.loss, data))
@@ -1092,7 +1110,8 @@ def save_costs(ldm, x_0, architecture, out_dir, note):
     ]
     widths = [max(map(len, column)) for column in zip(header, *lines)]
     for line in header, *lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)))
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths))
+        print(text.replace("×", "x"))  # which any log file can hold
     title = f"The same U-Net on pixels and on latents (without stage 1), on {ldm.device}"
     table(header, lines, out_dir / "cost.png", title, note)
 
@@ -1131,11 +1150,11 @@ def save_latent_figures(ldm, trainer, x, architecture, ddim_steps, out_dir, note
     samples = ldm.sample(36, ddim_steps, frames=frames)
     sample_grid(samples, out_dir / "samples.png", f"New images from latents, {title}", note)
     save_latent_interpolation(ldm, x, seed, out_dir, note)
-    save_costs(ldm, x[: trainer.settings["BATCH_SIZE"]], architecture, out_dir, note)
+    save_costs(ldm, x[:64], architecture, out_dir, note)
     denoising_strip(frames, out_dir / "denoising.png", "From noise to image, decoded", note)
     denoising_gif(frames, out_dir / "denoising.gif", note=short_note)
     loss_curve(trainer.losses, out_dir / "loss.png", "Training loss of the diffusion", note)
-    print(f"Saved samples, interpolation, cost and more as .png and .gif in {out_dir}")
+    print(f"Saved samples, autoencoder, latents, interpolation, cost and more in {out_dir}")
 
 
 def check_latent_settings(settings):
@@ -1178,7 +1197,7 @@ if __name__ == "__main__":
     betas = cosine_beta_schedule(T) if SCHEDULE == "cosine" else linear_beta_schedule(T)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
     torch.manual_seed(SEED)
-    vae = VAE(shape, VAE_CH, LATENT_CH).to(device, memory_format=torch.channels_last)
+    vae = VAE(shape, VAE_CH, LATENT_CH).to(device, memory_format=best_layout(device))
     vae = train_vae(vae, images, settings, out_dir / "vae.pt", rank, world)
     mean, deviation, scale = encode_all(vae, images)
     settings["VAE"] = digest_of(vae)  # a stage 2 fits no other VAE than its own
@@ -1188,7 +1207,7 @@ if __name__ == "__main__":
         save_autoencoder_figures(vae, drawn, scale, alphas_cumprod, x, SEED, out_dir, note)
     latent_shape, architecture = mean.shape[1:], (BASE_CH, CHANNEL_MULT, NUM_BLOCKS, ATTENTION_AT)
     model = UNet(latent_shape, *architecture, DROPOUT, alphas_cumprod, best_precision(device))
-    model.to(device, memory_format=torch.channels_last)  # the layout that convolutions want
+    model.to(device, memory_format=best_layout(device))
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     ldm_in_training = LatentDiffusion(parallel, vae, scale, betas, latent_shape, device)
 
@@ -1202,7 +1221,7 @@ if __name__ == "__main__":
         model.compile()
     for epoch in go_on(trainer, out_dir / "checkpoint.pt", "Stage 2 of 2: diffusion on latents"):
         save_latent_preview(ldm, trainer, epoch, PREVIEW_EVERY, DDIM_STEPS, out_dir, note)
-    parallel = ldm_in_training.model = model  # lets go of DistributedDataParallel
+    parallel = ldm_in_training.model = model  # without DistributedDataParallel, which ends now
     leave_processes(world)
     if rank == 0:
         save_latent_figures(ldm, trainer, x, (*architecture, DROPOUT), DDIM_STEPS, out_dir, note)

@@ -421,9 +421,12 @@ def benchmark_04(judge):
             scores = in_words(judge.score(samples))
             if (name, steps) == (f"DDIM, η = {module.ETA:g}", module.DDIM_STEPS):
                 default = scores
+            printed = name.replace("η", "eta")
             # The script's own table: sampler, calls of the network, seconds for 64 images, speed-up
-            timed = re.search(rf"(?m)^ *{re.escape(name)}  +{steps}  +([\d.]+)  +(.+ ×)", output)
-            seconds, speedup = timed.groups() if timed else ("", "")
+            timed = re.search(
+                rf"(?m)^ *{re.escape(printed)}  +{steps}  +([\d.]+)  +(.+) x$", output
+            )
+            seconds, speedup = (timed[1], f"{timed[2]} ×") if timed else ("", "")
             calls = {"sampler": name, "calls of the network": steps}
             times = {"seconds for 64 images": seconds, "speed-up": speedup}
             rows.append({**calls, **times, **scores})
@@ -449,7 +452,9 @@ def benchmark_05(judge):
     samples = draw(f"05_ddim_{steps}", digest, lambda n, _: ldm.sample(n, steps))
     lines = [re.split(r"  +", line.strip()) for line in run(script).get("output", "").splitlines()]
     rows = [
-        dict(zip(("", "pixels", "latents", "ratio"), line)) for line in lines if "×" in line[-1]
+        dict(zip(("", "pixels", "latents", "ratio"), line))
+        for line in lines
+        if re.search(r"\d x$", line[-1])
     ]
     if rows:
         print_table("05: the same U-Net on pixels and on latents", rows)

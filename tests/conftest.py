@@ -38,6 +38,16 @@ def load(name):
     return module
 
 
+def wait_for(process, text):
+    """Read what a process writes to stderr until it has written text, and return it."""
+    seen = ""
+    while text not in seen:
+        letter = process.stderr.read(1)
+        assert letter, f"it ended before it wrote {text!r}: {seen[-2000:]}"
+        seen += letter
+    return seen
+
+
 class Project:
     """A copy of the scripts in a folder of its own, to edit and run."""
 
@@ -57,10 +67,8 @@ class Project:
         path.write_text(text, encoding="utf-8")
 
     def command(self, *arguments):
-        """The command and the environment to run Python here, cut off from the network."""
-        nowhere = "http://127.0.0.1:9"  # nothing listens there: every download fails at once
-        proxies = {f"{p}_proxy": nowhere for p in ("http", "https", "HTTP", "HTTPS")}
-        environment = {**os.environ, **proxies, "PYTHONIOENCODING": "utf-8"}
+        """The command and the environment to run Python here."""
+        environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
         environment.pop("DISPLAY", None)
         return [sys.executable, *arguments], environment
 
@@ -166,7 +174,10 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path, monkeypatch):
+    """A Project, cut off from the network."""
+    for name in "http", "https", "HTTP", "HTTPS":  # nothing listens there: downloads fail at once
+        monkeypatch.setenv(f"{name}_proxy", "http://127.0.0.1:9")
     folder = tmp_path / "a folder with spaces"
     folder.mkdir()
     return Project(folder)

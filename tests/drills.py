@@ -17,7 +17,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load
+from conftest import ROOT, load, wait_for
 from PIL import Image
 
 from utils.visualize import draw_digits
@@ -81,16 +81,6 @@ def assert_same_weights(one, other):
         assert a.keys() == b.keys() and a
         for key in a:
             assert torch.equal(a[key], b[key]), (name, key)
-
-
-def wait_for(process, text, timeout=120):
-    """Read what a process writes to stderr until it has written text."""
-    seen, deadline = "", time.monotonic() + timeout
-    while text not in seen and time.monotonic() < deadline:
-        letter = process.stderr.read(1)
-        assert letter, f"it ended before {text!r}: {seen[-2000:]}"
-        seen += letter
-    return seen
 
 
 def finish(project, script):

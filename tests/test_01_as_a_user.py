@@ -2,12 +2,13 @@
 
 import re
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import load, wait_for
 from PIL import Image
 
 from utils.visualize import draw_digits
@@ -44,7 +45,7 @@ def test_without_a_network_from_start_to_pictures(project):
     done = project.run(SCRIPT)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if "Going on with DRAWN digits" in line)
-    assert "MNIST" in line and "Connection refused" in line and str(project.folder) in line
+    assert "MNIST could be neither read" in line and str(project.folder) in line
     assert "20,000 images of DRAWN" in done.stdout
     assert str(project.folder) in done.stdout, "it says where the files are"
     assert "Training" in done.stderr and "images/s" in done.stderr and "loss=" in done.stderr
@@ -162,13 +163,12 @@ def test_the_trained_model_is_there_to_play_with(project):
     assert "(16, 1, 28, 28) True" in done.stdout, done.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals that Windows has not")
 def test_ctrl_c_keeps_what_was_learned(project):
     lay_small_mnist(project, count=600)
     project.edit(SCRIPT, **{**SMALL, "EPOCHS": 100_000})
     process = project.start(SCRIPT)
-    seen = ""
-    while "loss=" not in seen:  # the bar shows a loss: training is under way
-        seen += process.stderr.read(1)
+    wait_for(process, "loss=")
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)

@@ -1,6 +1,7 @@
 """05_latent_diffusion.py as a person meets it; what it shares with 02 is tested there."""
 
 import signal
+import sys
 import time
 
 import numpy as np
@@ -54,8 +55,8 @@ def test_from_start_to_pictures_and_again(project):
     assert project.outputs(SCRIPT) == sorted([*FILES, "samples_epoch_001.png"])
     project.check_pictures(SCRIPT, others=OTHERS)
     assert "Stage 1 of 2" in done.stdout and "Stage 2 of 2" in done.stdout
-    table = [line for line in done.stdout.splitlines() if line.endswith("×")]
-    assert len(table) == 4 and " ".join(table[0].split()) == "values per image 784 256 3.1 ×"
+    table = [line for line in done.stdout.splitlines() if line.rstrip().endswith(" x")]
+    assert len(table) == 4 and " ".join(table[0].split()) == "values per image 784 256 3.1 x"
     before = {name: (folder_of(project) / name).read_bytes() for name in FILES}
     again = project.run_here(SCRIPT)
     assert again.returncode == 0 and "Epoch" not in again.stderr
@@ -113,6 +114,7 @@ def test_stopped_in_either_stage_it_goes_on_there(project, stage):
             assert torch.equal(weight, other[name]), name
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals that Windows has not")
 def test_ctrl_c_keeps_the_work(project):
     prepare(project, count=3000, VAE_EPOCHS=50)
     running = project.start(SCRIPT)

@@ -101,6 +101,8 @@ def test_torch_load_never_runs_foreign_code():
 
 
 def test_ci_runs_the_test_command_of_the_readme():
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "grep --max-count=1 'pytest' README.md" in ci
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = [line for line in readme.splitlines() if "pytest" in line]
     assert commands and commands[0].startswith("python3 -m venv .venv && ")

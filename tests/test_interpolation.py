@@ -84,13 +84,13 @@ def test_errors():
         with pytest.raises(ValueError, match="3 weights for 2 items"):
             way(z, z, torch.ones(3))
     for steps in 1, 0, 2.5:
-        with pytest.raises(ValueError, match="steps = "):
+        with pytest.raises(ValueError, match=r"points = .* of at least 2"):
             interpolate(z, z, steps)
     with pytest.raises(ValueError, match="method = 'cubic'"):
         interpolate(z, z, 3, "cubic")
-    with pytest.raises(ValueError, match="4"):
+    with pytest.raises(ValueError, match="a grid has 4"):
         grid(z, 3, 3)
-    with pytest.raises(ValueError, match="2"):
+    with pytest.raises(ValueError, match="at least 2"):
         loop(z[:1], 5)
 
 

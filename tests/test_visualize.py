@@ -181,9 +181,14 @@ def test_figures_appear_in_a_notebook(tmp_path, monkeypatch):
         class display:
             display = shown.append
 
+            class Image:
+                def __init__(self, filename):
+                    self.bytes = filename.read_bytes()
+
     monkeypatch.setitem(visualize.sys.modules, "IPython", IPython)
-    visualize.sample_grid(torch.zeros(4, 1, 8, 8), tmp_path / "grid.png")
-    assert len(shown) == 1
+    png = visualize.sample_grid(torch.zeros(4, 1, 8, 8), tmp_path / "grid.png")
+    gif = visualize.grid_gif(torch.zeros(3, 4, 1, 8, 8), tmp_path / "grid.gif")
+    assert [picture.bytes for picture in shown] == [png.read_bytes(), gif.read_bytes()]
 
 
 def test_run_as_a_script_without_and_with_mnist(project):

@@ -4,7 +4,7 @@
     python utils/interpolation.py
 
 The functions know nothing of any model: they return tensors of noise, to be turned into images by
-whatever the reader has, such as `ddim.ddim_sample(n, x_T=noise)` of 04.
+whatever the reader has, such as `ddim.ddim_sample(x_T=noise)` of 04.
 
 Run as a program, the file needs no training and leaves `outputs/interpolation/why_slerp.png`: why
 the straight line between two noises, `lerp`, is the wrong way, and the arc, `slerp`, the right one.
@@ -86,17 +86,17 @@ def _checked_weight(z_a, z_b, weight):
 METHODS = {"lerp": lerp, "slerp": slerp}
 
 
-def interpolate(z_a, z_b, steps, method="slerp"):
-    """Return `steps` points from z_a (B, ...) to z_b, both ends included: (steps, B, ...).
+def interpolate(z_a, z_b, points, method="slerp"):
+    """Return points on the way from z_a (B, ...) to z_b, both ends included: (points, B, ...).
 
     method: "slerp" or "lerp". One noise alone is z[:1], not z[0]: the first axis counts vectors.
-    Raises ValueError for any other method, for fewer than 2 steps, and where lerp and slerp do.
+    Raises ValueError for any other method, for fewer than 2 points, and where lerp and slerp do.
     """
     if method not in METHODS:
         raise ValueError(f"method = {method!r}: it must be 'slerp' or 'lerp'")
-    if not isinstance(steps, int) or steps < 2:
-        raise ValueError(f"steps = {steps!r}: it must be a whole number of at least 2")
-    return torch.stack([METHODS[method](z_a, z_b, i / (steps - 1)) for i in range(steps)])
+    if not isinstance(points, int) or points < 2:
+        raise ValueError(f"points = {points!r}: it must be a whole number of at least 2")
+    return torch.stack([METHODS[method](z_a, z_b, i / (points - 1)) for i in range(points)])
 
 
 def grid(corners, rows, columns, method="slerp"):

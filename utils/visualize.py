@@ -3,13 +3,14 @@
     python utils/visualize.py
 
 needs no training. It takes real MNIST digits where `data/` has them, drawn ones otherwise, and
-leaves two figures in `outputs/visualize/`: how noise takes over an image, and how the linear noise
-schedule of DDPM differs from the cosine schedule of Improved DDPM.
+leaves two figures in `outputs/visualize/`: how noise takes over an image (`forward_process.png`),
+and how the linear noise schedule of DDPM differs from the cosine schedule of Improved DDPM
+(`schedules.png`).
 
 Nothing here is needed to understand diffusion: the scripts hold the algorithms, this file draws.
 Images are float tensors in [-1, 1] of shape (B, C, H, W), C = 1 or 3. Every figure is written to a
 temporary file and then renamed, so an interrupted run leaves the old picture whole; no display is
-needed; in a notebook the figure also appears below the cell.
+needed; in a notebook the figures also appear below the cell.
 
 Papers
     DDPM           Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -165,16 +166,16 @@ def _save(fig, path):
     """Write the figure atomically as PNG, show it if this is a notebook, and return its path."""
     with _atomically(path) as partial:
         fig.savefig(partial, format="png")
-    _show_in_notebook(fig)
+    _show_in_notebook(path)
     return Path(path)
 
 
-def _show_in_notebook(fig):
-    """Display the figure below the running cell; do nothing outside a notebook."""
+def _show_in_notebook(path):
+    """Display a picture below the running cell; do nothing outside a notebook."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     if shell is not None and hasattr(shell, "kernel"):
-        ipython.display.display(fig)
+        ipython.display.display(ipython.display.Image(filename=path))
 
 
 def _to_uint8(images):
@@ -197,7 +198,7 @@ def _tile(images, columns, gap=2, background=255):
     return canvas
 
 
-def _show_tiles(ax, images, columns, gap=2, column_names=(), row_names=()):
+def _show_tiles(ax, images, columns, column_names=(), row_names=(), gap=2):
     """Draw images (B, C, H, W) as a table on the axes, with a name at each column and each row."""
     high, wide = images.shape[-2:]
     ax.imshow(_tile(images, columns, gap), interpolation="nearest")
@@ -209,7 +210,7 @@ def _show_tiles(ax, images, columns, gap=2, column_names=(), row_names=()):
     ax.spines[:].set_visible(False)
 
 
-# %% 3. Figures that every script leaves
+# %% 3. The figures
 
 
 @matplotlib.rc_context(STYLE)
@@ -231,7 +232,7 @@ def image_table(images, path, column_names, row_names, title="", note=""):
         raise ValueError(f"{len(images)} images do not fill {rows} rows of {columns}")
     longest = max(map(len, row_names))
     fig = _figure(0.75 * columns + 0.5 + 0.085 * longest, 0.75 * rows + 1.1, title, note)
-    _show_tiles(fig.subplots(), images, columns, 2, column_names, row_names)
+    _show_tiles(fig.subplots(), images, columns, column_names, row_names)
     return _save(fig, path)
 
 
@@ -251,7 +252,7 @@ def denoising_strip(frames, path, title="From noise to image", note="", count=3,
         rows += [x_t[i] for _, x_t, _ in frames] + [x_0_pred[i] for _, _, x_0_pred in frames]
         row_names += ["$x_t$", r"$\hat{x}_0$"]
     fig = _figure(0.85 * len(frames) + 0.6, 0.85 * 2 * count + 1.1, title, note)
-    _show_tiles(fig.subplots(), torch.stack(rows), len(frames), 2, names, row_names)
+    _show_tiles(fig.subplots(), torch.stack(rows), len(frames), names, row_names)
     return _save(fig, path)
 
 
@@ -298,6 +299,7 @@ def _save_gif(pictures, path, durations, note, colours):
     options = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": durations}
     with _atomically(path) as partial:
         frames[0].save(partial, "GIF", **options)
+    _show_in_notebook(path)
     return Path(path)
 
 
@@ -334,7 +336,7 @@ def timestep_losses(curves, path, title="Loss per timestep", note=""):
         if label != earliest:
             right.plot(timesteps, 100 * (1 - np.divide(losses, first)), color=colour, label=label)
     left.set(title="Squared error of the noise", xlabel="t", ylabel="loss")
-    right.set(title=f"What has gone of the loss {earliest}", xlabel="t", ylabel="per cent")
+    right.set(title=f"Fall of the error since {earliest}", xlabel="t", ylabel="per cent")
     left.legend()
     return _save(fig, path)
 
@@ -374,7 +376,7 @@ def trade_off(scores, path, title="What guidance gives and what it takes", note=
     for (name, label), colour, mark in zip(labels.items(), (ORANGE, BLUE, GREY), "os^"):
         values = [score[name] for score in scores.values()]
         left.plot(list(scores), values, mark + "-", color=colour, label=label)
-    left.set(title="Accuracy and diversity", xlabel="guidance scale", ylim=(0, 1.3))
+    left.set(title="Accuracy and diversity", xlabel="guidance scale", ylim=(0, 2))
     left.legend(loc="upper right", fontsize=8)
     distances = [score["Fréchet distance"] for score in scores.values()]
     right.plot(list(scores), distances, "o-", color=BLUE)
@@ -401,7 +403,7 @@ def reconstruction_errors(errors, images, path, title="", note=""):
     left.minorticks_off()
     left.margins(0.15, 0.15)
     columns = len(next(iter(images.values())))
-    _show_tiles(right, torch.cat(list(images.values())), columns, 2, (), list(images))
+    _show_tiles(right, torch.cat(list(images.values())), columns, (), list(images))
     return _save(fig, path)
 
 
@@ -461,7 +463,7 @@ def blend_comparison(curves, images, path, title="Between two noises", note=""):
     axes["norm"].set_ylim(0.6, 1.1)
     axes["norm"].legend()
     points = len(next(iter(images.values())))
-    _show_tiles(axes["images"], torch.cat(list(images.values())), points, 2, (), list(images))
+    _show_tiles(axes["images"], torch.cat(list(images.values())), points, (), list(images))
     return _save(fig, path)
 
 
@@ -502,7 +504,7 @@ def forward_process(x_0, alphas_cumprod, path, title="The forward process", note
         f"t = {t}\n$\\sqrt{{\\bar\\alpha_t}}$ = {alphas_cumprod[t].sqrt():.3f}" for t in timesteps
     ]
     fig = _figure(10.5, 0.95 * len(x_0) + 1.2, title, note)
-    _show_tiles(fig.subplots(), rows, len(timesteps), 2, names)
+    _show_tiles(fig.subplots(), rows, len(timesteps), names)
     return _save(fig, path)
 
 
@@ -527,7 +529,7 @@ def schedule_comparison(x_0, path, T=1000, note="", seed=0):
     timesteps = np.linspace(0, T - 1, 11).round().astype(int).tolist()
     rows = torch.cat([_noised(x_0, table, timesteps, seed) for table, _, _ in schedules.values()])
     names = [f"t = {t}" for t in timesteps]
-    _show_tiles(axes["images"], rows, len(timesteps), 2, names, list(schedules))
+    _show_tiles(axes["images"], rows, len(timesteps), names, list(schedules))
     return _save(fig, path)
 
 
