@@ -379,7 +379,7 @@ def explain(kind, error, traceback):
     if kind is MemoryError or "out of memory" in reason or "can't allocate memory" in reason:
         reason = f"Not enough memory: reduce BATCH_SIZE or BASE_CH ({reason})."
     elif issubclass(kind, OSError):
-        reason = f"A file could not be read or written: {reason}. Set another OUT_DIR?"
+        reason = f"Reading or writing failed: {reason}. Make room, or set another OUT_DIR."
     elif kind is KeyboardInterrupt:
         reason = "Stopped."
     else:

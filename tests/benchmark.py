@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts find `utils` beside them; so must this file
-from utils.visualize import trade_off  # noqa: E402
+from utils.visualize import image_table, trade_off  # noqa: E402
 
 OUT_DIR = ROOT / "outputs" / "benchmark"
 SCALES = 0, 1, 2, 3, 5, 7, 10
@@ -140,7 +140,7 @@ class Judge:
     def score(self, images, labels=None):
         """Return the scores of images (N, 1, 28, 28) in [-1, 1] by name; labels: what was asked."""
         features, guesses = look(self.model, images)
-        real = self.test_features[: len(features)]  # never the images themselves: see `main`
+        real = self.test_features[: len(features)]
         confident = (guesses.max(1).values > 0.8).double().mean().item()
         scores = {
             "Fréchet distance": frechet_distance(features, self.train_features),
@@ -267,9 +267,12 @@ def cost_of(script, *networks):
     speeds = re.findall(r"100%.* ([\d.]+)(k?) images/s", known.get("output", ""))
     images = [f"{float(n) * (1000 if k else 1):.0f}" for n, k in speeds[-1:]]
     minutes, seconds = divmod(round(known.get("seconds", 0)), 60)
+    wall_time = f"{minutes} min {seconds} s" if known else "not known"
+    if "Using what 02 has trained" in known.get("output", ""):
+        wall_time, images = f"{wall_time}, with 02's network", ["as 02"]
     return {
         "command": f"`python {script}`",
-        "wall time": f"{minutes} min {seconds} s" if known else "not known",
+        "wall time": wall_time,
         "peak memory": f"{known['megabytes'] / 1000:.1f} GB" if known else "not known",
         "parameters": " + ".join(f"{count:,}" for count in parameters),
         "images/s in training": images[0] if images else "not known",
@@ -334,7 +337,7 @@ def in_words(scores):
 
 
 def benchmark_01(judge):
-    """Score 01 by its own sampler: return its row of the main table."""
+    """Score 01 by its own sampler: return its row of the main table, and the samples."""
     script = SCRIPTS["01"]
     module = load(script)
     cost = cost_of(script)
@@ -347,24 +350,26 @@ def benchmark_01(judge):
     digest = digest_of(code_of(script, only_method=True), weights)
     samples = draw(f"01_ddpm_{ddpm.T}", digest, lambda n, _: ddpm.sample(n))
     cost["parameters"] = f"{sum(w.numel() for w in weights.values()):,}"
-    return {**cost, "sampler": f"DDPM, {ddpm.T} steps", **in_words(judge.score(samples))}
+    row = {**cost, "sampler": f"DDPM, {ddpm.T} steps", **in_words(judge.score(samples))}
+    return row, samples
 
 
 def benchmark_02(judge):
-    """Score 02 by its own sampler: return its row of the main table."""
+    """Score 02 by its own sampler: return its row of the main table, and the samples."""
     script = SCRIPTS["02"]
     module = load(script)
     model, weights, digest, betas = read_checkpoint(script, module, module.UNet)
     ddpm = module.DDPM(model, betas, (1, 28, 28), CPU)
     samples = draw(f"02_ddpm_{ddpm.T}", digest, lambda n, _: ddpm.sample(n))
     cost = cost_of(script, weights)
-    return {**cost, "sampler": f"DDPM, {ddpm.T} steps", **in_words(judge.score(samples))}
+    row = {**cost, "sampler": f"DDPM, {ddpm.T} steps", **in_words(judge.score(samples))}
+    return row, samples
 
 
 def benchmark_03(judge):
     """Score 03 at several guidance scales by 50 DDIM steps, and at one by all its own steps.
 
-    Prints a table and returns the row of the main table.
+    Prints a table; returns the row of the main table, and the samples.
     """
     script = SCRIPTS["03"]
     module, ddim_module = load(script), load(SCRIPTS["04"])
@@ -397,17 +402,17 @@ def benchmark_03(judge):
     print(f"Saved {trade_off(results, OUT_DIR / 'guidance_trade_off.png', note=note)}")
     sampler = f"DDPM, {ddpm.T} steps, scale {scale}"
     del scores["spread"]
-    return {**cost_of(script, weights), "sampler": sampler, **scores}
+    return {**cost_of(script, weights), "sampler": sampler, **scores}, samples
 
 
 def benchmark_04(judge):
-    """Score each sampler of 04: print a table and return the row of the main table."""
+    """Score each sampler of 04, print a table; return the row of the main table, and samples."""
     script = SCRIPTS["04"]
     module = load(script)
     model, weights, digest, betas = read_checkpoint(script, module, module.UNet)
     ddim = module.DDIM(model, betas, (1, 28, 28), CPU)
     output = run(script).get("output", "")
-    rows, default = [], None
+    rows, default, default_samples = [], None, None
     for name, sampler, all_steps in (
         ("DDPM", lambda n, _: ddim.sample(n), (ddim.T,)),
         ("DDIM, η = 0", ddim.ddim_sample, (10, 15, 20, 50, 100)),
@@ -420,7 +425,7 @@ def benchmark_04(judge):
             samples = draw(file, digest, lambda n, _, s=steps, sample=sampler: sample(n, s))
             scores = in_words(judge.score(samples))
             if (name, steps) == (f"DDIM, η = {module.ETA:g}", module.DDIM_STEPS):
-                default = scores
+                default, default_samples = scores, samples
             printed = name.replace("η", "eta")
             # The script's own table: sampler, calls of the network, seconds for 64 images, speed-up
             timed = re.search(
@@ -432,11 +437,11 @@ def benchmark_04(judge):
             rows.append({**calls, **times, **scores})
     print_table("The samplers of 04", rows)
     sampler = f"DDIM, {module.DDIM_STEPS} steps"
-    return {**cost_of(script, weights), "sampler": sampler, **default}
+    return {**cost_of(script, weights), "sampler": sampler, **default}, default_samples
 
 
 def benchmark_05(judge):
-    """Score 05 by its own sampler: print its table of costs, return its row of the main table."""
+    """Score 05, print its table of costs; return the row of the main table, and the samples."""
     script = SCRIPTS["05"]
     module = load(script)
     model, weights, digest, betas = read_checkpoint(script, module, module.UNet)
@@ -459,7 +464,7 @@ def benchmark_05(judge):
     if rows:
         print_table("05: the same U-Net on pixels and on latents", rows)
     cost = cost_of(script, vae_weights, weights)
-    return {**cost, "sampler": f"DDIM, {steps} steps", **in_words(judge.score(samples))}
+    return {**cost, "sampler": f"DDIM, {steps} steps", **in_words(judge.score(samples))}, samples
 
 
 BENCHMARKS = {
@@ -482,10 +487,12 @@ if __name__ == "__main__":
     numbers = sys.argv[1:] or list(BENCHMARKS)
     if not set(numbers) <= set(BENCHMARKS):
         sys.exit(f"Usage: python tests/benchmark.py [{'] ['.join(BENCHMARKS)}]")
+    for number in numbers:
+        run(SCRIPTS[number])
     judge = Judge()
     # As many real images as there are samples; not those that precision and recall compare with.
     real = judge.score(read_mnist(train=False)[0][COUNT : 2 * COUNT])
-    rows = [BENCHMARKS[number](judge) for number in numbers]
+    rows, samples = map(list, zip(*(BENCHMARKS[number](judge) for number in numbers)))
     nothing = dict.fromkeys(rows[0], "")
     rows.append({**nothing, "command": "real test images", **in_words(real)})
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -496,3 +503,7 @@ if __name__ == "__main__":
         f"torch.manual_seed({SEED}), 250 at a time. The classifier reads "
         f"{100 * judge.accuracy:.2f} % of MNIST's test images correctly."
     )
+    shown, names = torch.cat([some[:14] for some in samples]), [SCRIPTS[n] for n in numbers]
+    note = f"MNIST, the first 14 of the {COUNT:,} samples that are scored, seed {SEED}"
+    picture = OUT_DIR / "all_scripts.png"
+    print(f"Saved {image_table(shown, picture, [''] * 14, names, 'What each script makes', note)}")
