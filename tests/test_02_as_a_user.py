@@ -24,7 +24,7 @@ FILES = [
     "samples.png",
 ]
 SMALL = {
-    "T": 20,
+    "T": 10,
     "BASE_CH": 8,
     "CHANNEL_MULT": (1, 2),
     "NUM_BLOCKS": 1,
