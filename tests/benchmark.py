@@ -421,8 +421,11 @@ def benchmark_04(judge):
         ("the same, even steps", partial(ddim.dpm_solver_sample, power=1), (10, 15, 20)),
     ):
         for steps in all_steps:
-            file = f"04_{name}_{steps}".replace(", η = ", "_eta_")
-            samples = draw(file, digest, lambda n, _, s=steps, sample=sampler: sample(n, s))
+            file, key = f"04_{name}_{steps}".replace(", η = ", "_eta_"), digest
+            if name == "DDPM":  # network and sampler of 02, to the last character
+                file = f"02_ddpm_{steps}"
+                key = digest_of(code_of(SCRIPTS["02"], only_method=True), weights)
+            samples = draw(file, key, lambda n, _, s=steps, sample=sampler: sample(n, s))
             scores = in_words(judge.score(samples))
             if (name, steps) == (f"DDIM, η = {module.ETA:g}", module.DDIM_STEPS):
                 default, default_samples = scores, samples

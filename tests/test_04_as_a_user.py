@@ -120,22 +120,6 @@ def test_an_unfinished_training_of_02_goes_on_in_a_file_of_its_own(project):
         assert torch.equal(ours["averaged"][name], weight), name
 
 
-def test_to_play_with(project):
-    prepare(project, EPOCHS=1)
-    question = (
-        "x = ddim.ddim_sample(n=3, ddim_steps=5, eta=1.0); print('a', tuple(x.shape))\n"
-        "print('b', tuple(ddim.sample(n=2).shape))\n"
-        "from utils.interpolation import *\n"
-        "x_T = ddim.ddim_invert(to_batch(images[:2]), 10)\n"
-        "print('c', tuple(interpolate(x_T[:1], x_T[1:], 5)[:, 0].shape))\n"
-        "ddim.ddim_sample(n=2, ddim_steps=11)\n"
-    )
-    done = project.run("-i", SCRIPT, stdin=question)
-    for answer in "a (3, 1, 28, 28)", "b (2, 1, 28, 28)", "c (5, 1, 28, 28)":
-        assert answer in done.stdout, done.stderr
-    assert "ValueError: 11 steps: it must be a whole number, 1 to T = 10" in done.stderr
-
-
 def test_with_very_few_noise_steps(project):
     prepare(project, T=2, DDIM_STEPS=1)
     done = project.run_here(SCRIPT)

@@ -162,3 +162,14 @@ def test_more_levels_than_latents_have(project):
     project.edit(SCRIPT, DATASET="CIFAR10", CHANNEL_MULT=(1, 1, 1, 1, 1))
     done = project.run_here(SCRIPT)
     assert done.returncode == 1 and "whose 8 × 8 places" in done.stderr
+
+
+def test_a_second_stage_without_its_vae_is_refused_at_once(project):
+    prepare(project, VAE_EPOCHS=1, EPOCHS=1)
+    assert project.run_here(SCRIPT).returncode == 0
+    path = folder_of(project) / "checkpoint.pt"
+    before = path.read_bytes()
+    (folder_of(project) / "vae.pt").unlink()
+    done = project.run_here(SCRIPT)
+    assert done.returncode == 1 and "belongs to a VAE that is gone" in done.stderr
+    assert "Epoch" not in done.stderr and path.read_bytes() == before

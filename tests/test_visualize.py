@@ -199,7 +199,7 @@ def test_run_as_a_script_without_and_with_mnist(project):
     assert sorted(p.name for p in folder.iterdir()) == ["forward_process.png", "schedules.png"]
     assert all(pixels(p).std() > 5 for p in folder.iterdir())
     project.lay_mnist(*draw_digits(100, seed=1))
-    done = project.run("utils/visualize.py")
+    done = project.run_here("utils/visualize.py")
     assert done.returncode == 0, done.stderr
     assert "Images: MNIST" in done.stdout
 
