@@ -18,8 +18,8 @@ the noise as a strip and as an animation, the loss curve and the checkpoint.
 With `python -i`: `sample_grid(ddpm.sample(n=4, labels=7), "sevens.png")`, or `ddpm.sample(n=2,
 labels=["3", "8"], guidance_scale=5.0)`.
 
-Measured with these settings on MNIST, two cores of an AMD EPYC (Zen 3), PyTorch 2.14.1: 14 min 52 s
-from start to last picture, with 1.3 GB of memory. Of 1,000 samples at scale 3 all are read as the
+Measured with these settings on MNIST, two cores of an AMD EPYC (Zen 3), PyTorch 2.14.1: 14 min 48 s
+from start to last picture, with 1.4 GB of memory. Of 1,000 samples at scale 3 all are read as the
 digit that was asked for (at 1: 96.7 %), but they are less diverse (`tests/benchmark.py 03`). A
 guided sample takes 2.1 times as long as an unguided one. Not yet timed on a GPU.
 

@@ -20,9 +20,9 @@ samples, denoising, loss and checkpoint. With `python -i`: `sample_grid(ddim.ddi
 ddim_steps=20), "new.png")`, `ddim.sample(n=16)`, `ddim.ddim_invert(to_batch(images[:8]))`.
 
 Measured with these settings on MNIST, two cores of an AMD EPYC (Zen 3), PyTorch 2.14.1: 17 min 13 s
-from start to last picture, training included, with 1.3 GB of memory. 50 steps of DDIM are 20 times
-faster than DDPM's 1000; with η = 1 they are as good, with η = 0 not quite: `tests/benchmark.py
-04`. Not yet timed on a GPU.
+from start to last picture with 1.3 GB of memory; with 02's network 1 min 31 s, 1.0 GB. 50 steps of
+DDIM are 20 times faster than DDPM's 1000; with η = 1 they are as good, with η = 0 not quite:
+`tests/benchmark.py 04`. Not yet timed on a GPU.
 
 DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
 Improved DDPM = Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models,

@@ -20,9 +20,9 @@ loss and checkpoints as in 02. Ctrl-C stops in either stage; the same command go
 With `python -i`: `sample_grid(ldm.sample(n=16, ddim_steps=50), "new.png")`; of x, 1,000 test
 images, `ldm.decode(ldm.encode(x))` (scaled latents) or `vae.decode(vae.encode(x)[0])` (unscaled).
 
-Measured with these settings on MNIST, two cores of an AMD EPYC (Zen 3), PyTorch 2.14.1: 17 min 7 s
-from start to last picture, 2 of them for stage 1, with 2.1 GB of memory. Test images come back
-from their latents with a PSNR of 34 dB; loss and gradients cost 8.3 times less than on pixels. Not
+Measured with these settings on MNIST, two cores of an AMD EPYC (Zen 3), PyTorch 2.14.1: 15 min 52 s
+from start to last picture, 2 of them for stage 1, with 2.0 GB of memory. Test images come back
+from their latents with a PSNR of 34 dB; loss and gradients cost 9.3 times less than on pixels. Not
 yet timed on a GPU.
 
 LDM = Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models,

@@ -465,6 +465,7 @@ def benchmark_05(judge):
         if re.search(r"\d x$", line[-1])
     ]
     if rows:
+        rows = [{**row, "ratio": row["ratio"].replace("x", "×")} for row in rows]
         print_table("05: the same U-Net on pixels and on latents", rows)
     cost = cost_of(script, vae_weights, weights)
     return {**cost, "sampler": f"DDIM, {steps} steps", **in_words(judge.score(samples))}, samples

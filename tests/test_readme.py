@@ -138,3 +138,12 @@ def test_files_named_are_those_that_the_scripts_leave():
             stem = name.split("_epoch_")[0]
             text = script.read_text(encoding="utf-8")
             assert stem in text, f"{script.name} leaves no {name}"
+
+
+def test_tables_have_the_columns_of_the_benchmark():
+    text = (ROOT / "tests" / "benchmark.py").read_text(encoding="utf-8")
+    tables = re.findall(r"(?m)^\| (.+) \|\n\|---", section("How good, how fast"))
+    assert len(tables) == 4
+    for header in tables:
+        for column in header.split(" | "):
+            assert f'"{column.strip("| ")}"' in text, column
