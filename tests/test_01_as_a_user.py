@@ -42,7 +42,7 @@ def lay_small_mnist(project, name="MNIST", count=600):
 def test_without_a_network_from_start_to_pictures(project):
     """MNIST cannot be had, and drawn digits take its place."""
     project.edit(SCRIPT, **{**SMALL, "T": 100})
-    done = project.run(SCRIPT)
+    done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if "Going on with DRAWN digits" in line)
     assert "MNIST could be neither read" in line and str(project.folder) in line

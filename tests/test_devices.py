@@ -29,8 +29,8 @@ class NoFloat64OnGpu(TorchDispatchMode):
 @pytest.fixture
 def gpu():
     try:
-        with FakeTensorMode():
-            torch.zeros(1).to(GPU)
+        with FakeTensorMode(), GPU:
+            torch.nn.Linear(2, 2)(torch.randn(2).to(GPU)).sum()
     except RuntimeError as error:
         pytest.skip(f"this PyTorch cannot do without a real GPU: {str(error)[:80]}")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, NoFloat64OnGpu():
