@@ -834,7 +834,8 @@ class Trainer:
 def explain(kind, error, traceback):
     """Say in one line what a user can do about an error; of any other show the traceback."""
     reason = " ".join(str(error).split())[:200]
-    if kind is MemoryError or "out of memory" in reason or "can't allocate memory" in reason:
+    full = "out of memory", "can't allocate memory", "not enough memory"  # GPU; Linux; Windows
+    if kind is MemoryError or any(words in reason for words in full):
         reason = f"Not enough memory: reduce BATCH_SIZE or BASE_CH ({reason})."
     elif issubclass(kind, OSError):
         reason = f"Reading or writing failed: {reason}. Make room, or set another OUT_DIR."
