@@ -293,15 +293,3 @@ def test_the_trained_model_is_there_to_play_with(project):
     done = project.run("-i", SCRIPT, stdin=question)
     assert "(16, 1, 28, 28) True" in done.stdout, done.stderr
     assert "training mode: False" in done.stdout
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a signal that Windows has not")
-def test_ctrl_c_during_sampling_is_no_traceback(project):
-    prepare(project, count=65, EPOCHS=1, T=100_000)
-    process = project.start(SCRIPT)
-    wait_for(process, "Sampling")
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _output, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert "Traceback" not in errors and "Stopped. What was saved" in errors
