@@ -238,8 +238,9 @@ class DDPM:
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         error = (noise - noise_pred).square().flatten(1).mean(dim=1)  # (B,)
         # DDPM Eq. 14 is the plain mean of ‖ε − ε_θ(x_t, t)‖². Any weight for each t has the same
-        # ideal answer; ours is 1/√ᾱ_t. With our U-Net the error is ᾱ_t · ‖v − h‖²: at large t, when
-        # it is decided which digit it will be, so tiny that in a short training it hardly counts.
+        # ideal answer; ours is 1/√ᾱ_t. With our U-Net the error is ᾱ_t · ‖v − h‖²: where noise
+        # outweighs the image, and it is decided which digit it will be, so small that in a short
+        # training it hardly counts.
         return (error / self.alphas_cumprod[t].sqrt()).mean()
 
     def p_sample(self, x_t, t):
@@ -332,7 +333,7 @@ def train(ddpm, images, epochs, batch_size, learning_rate):
     """
     steps = epochs * math.ceil(len(images) / batch_size)
     # Muon is for the matrices inside the network; its authors leave the first and the last layer
-    # and all vectors to Adam.
+    # and all vectors to AdamW; Adam will do.
     ends = *ddpm.model.conv_in.parameters(), *ddpm.model.conv_out.parameters()
     inner = [w for w in ddpm.model.parameters() if w.ndim > 1 and not any(w is e for e in ends)]
     outer = [w for w in ddpm.model.parameters() if not any(w is i for i in inner)]
@@ -374,7 +375,7 @@ def train(ddpm, images, epochs, batch_size, learning_rate):
 
 
 def explain(kind, error, traceback):
-    """Say in one line what a user can do about an error; of any other show the traceback."""
+    """Say in one line what to do about full memory, a failed file or Ctrl-C; else the traceback."""
     reason = " ".join(str(error).split())[:200]
     full = "out of memory", "can't allocate memory", "not enough memory"  # GPU; Linux; Windows
     if kind is MemoryError or any(words in reason for words in full):
@@ -389,7 +390,7 @@ def explain(kind, error, traceback):
 
 
 def make_folder(path):
-    """Return the folder for the results; end the program now if nothing can be saved there."""
+    """Return the folder for the results; end the program now if no file can be made there."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -342,8 +342,9 @@ class DDPM:
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         error = (noise - noise_pred).square().flatten(1).mean(dim=1)  # (B,)
         # DDPM Eq. 14 is the plain mean of ‖ε − ε_θ(x_t, t)‖². Any weight for each t has the same
-        # ideal answer; ours is 1/√ᾱ_t. With our U-Net the error is ᾱ_t · ‖v − h‖²: at large t, when
-        # it is decided which digit it will be, so tiny that in a short training it hardly counts.
+        # ideal answer; ours is 1/√ᾱ_t. With our U-Net the error is ᾱ_t · ‖v − h‖²: where noise
+        # outweighs the image, and it is decided which digit it will be, so small that in a short
+        # training it hardly counts.
         return (error / self.alphas_cumprod[t].sqrt()).mean()
 
     def p_sample(self, x_t, t):
@@ -667,7 +668,7 @@ class Trainer:
     def save(self, path):
         """Write all that the training has changed, and its settings, to path.
 
-        A checkpoint of another run there, perhaps further on than this one, is left as it is.
+        A checkpoint of another run there, perhaps further on, is left as it is, and this run ends.
         """
         if path.exists() and path.stat().st_mtime_ns != self.saved_at:
             sys.exit(f"Another run has written {path} meanwhile. This one stops.")
@@ -719,7 +720,7 @@ class Trainer:
 
 
 def explain(kind, error, traceback):
-    """Say in one line what a user can do about an error; of any other show the traceback."""
+    """Say in one line what to do about full memory, a failed file or Ctrl-C; else the traceback."""
     reason = " ".join(str(error).split())[:200]
     full = "out of memory", "can't allocate memory", "not enough memory"  # GPU; Linux; Windows
     if kind is MemoryError or any(words in reason for words in full):
@@ -734,7 +735,7 @@ def explain(kind, error, traceback):
 
 
 def make_folder(path):
-    """Return the folder for the results; end the program now if nothing can be saved there."""
+    """Return the folder for the results; end the program now if no file can be made there."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
 ATTENTION_AT = (14, 16)  # sides with self-attention: MNIST's 14, CIFAR10's 16; the middle has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # against learning photographs by heart
 FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirrored 3 is no digit
-EPOCHS = 30 if ON_GPU else 4  # fewer than in 02: sampling takes longer; CIFAR10: hundreds
+EPOCHS = 30 if ON_GPU else 4  # on a CPU fewer than in 02: sampling takes longer; CIFAR10: hundreds
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
 LEARNING_RATE = 0.02  # at its highest, for Muon (AdamW gets a fifth); halve it if the loss jumps
 EMA_DECAY = 0.9999  # memory of the averaged weights; felt only in runs of over 90,000 steps
@@ -379,8 +379,9 @@ class GuidedDDPM:
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t, labels)
         error = (noise - noise_pred).square().flatten(1).mean(dim=1)  # (B,)
         # DDPM Eq. 14 is the plain mean of ‖ε − ε_θ(x_t, t)‖². Any weight for each t has the same
-        # ideal answer; ours is 1/√ᾱ_t. With our U-Net the error is ᾱ_t · ‖v − h‖²: at large t, when
-        # it is decided which digit it will be, so tiny that in a short training it hardly counts.
+        # ideal answer; ours is 1/√ᾱ_t. With our U-Net the error is ᾱ_t · ‖v − h‖²: where noise
+        # outweighs the image, and it is decided which digit it will be, so small that in a short
+        # training it hardly counts.
         return (error / self.alphas_cumprod[t].sqrt()).mean()
 
     def guided_noise(self, x_t, t, labels, guidance_scale):
@@ -718,7 +719,7 @@ class Trainer:
     def save(self, path):
         """Write all that the training has changed, and its settings, to path.
 
-        A checkpoint of another run there, perhaps further on than this one, is left as it is.
+        A checkpoint of another run there, perhaps further on, is left as it is, and this run ends.
         """
         if path.exists() and path.stat().st_mtime_ns != self.saved_at:
             sys.exit(f"Another run has written {path} meanwhile. This one stops.")
@@ -770,7 +771,7 @@ class Trainer:
 
 
 def explain(kind, error, traceback):
-    """Say in one line what a user can do about an error; of any other show the traceback."""
+    """Say in one line what to do about full memory, a failed file or Ctrl-C; else the traceback."""
     reason = " ".join(str(error).split())[:200]
     full = "out of memory", "can't allocate memory", "not enough memory"  # GPU; Linux; Windows
     if kind is MemoryError or any(words in reason for words in full):
@@ -785,7 +786,7 @@ def explain(kind, error, traceback):
 
 
 def make_folder(path):
-    """Return the folder for the results; end the program now if nothing can be saved there."""
+    """Return the folder for the results; end the program now if no file can be made there."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -903,7 +904,7 @@ def check_settings(settings, world):
 
 
 def save_preview(ddpm, trainer, epoch, preview_every, guidance_scale, out_dir, note):
-    """Every few epochs save two samples of each class."""
+    """NEW in 03. Every few epochs save two samples of each class."""
     if epoch % preview_every == 0 and epoch < trainer.settings["EPOCHS"]:
         torch.manual_seed(trainer.settings["SEED"])  # the same noise each time: watch it change
         samples = ddpm.sample(20, [*range(10)] * 2, guidance_scale)
@@ -939,7 +940,7 @@ def save_interpolation(ddpm, seed, guidance_scale, out_dir, note, columns=9):
 
 
 def save_class_figures(ddpm, trainer, guidance_scale, out_dir, note):
-    """Sample six images of each class and save the figures of a finished training in out_dir."""
+    """NEW in 03. Sample six images of each class and save the figures of a finished training."""
     seed, frames = trainer.settings["SEED"], []
     torch.manual_seed(seed)
     samples = ddpm.sample(60, [*range(10)] * 6, guidance_scale, frames)  # NEW in 03: labels

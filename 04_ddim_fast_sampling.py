@@ -12,12 +12,13 @@ The network, the training and DDPM's sampler are those of 02, to the last charac
 trained with the same settings, 04 goes on from its checkpoint. What is new is marked `NEW in 04`:
 in section 5 the class `DDIM`, in 7 the pictures. (02's essay on the loss is left out.)
 
-You see in `outputs/04_ddim_fast_sampling/` what each sampler costs (`speed.png`), what it makes of
-the same noise (`samplers.png`), how well real images come back from their noise (`inversion.png`),
-the way from one real image to another (`interpolation.png`) by way of their noises, along an arc
-(slerp) or a line (lerp), and by fading; smooth transitions (`transitions.gif`), and as in 02
-samples, denoising, loss and checkpoint. With `python -i`: `sample_grid(ddim.ddim_sample(n=16,
-ddim_steps=20), "new.png")`, `ddim.sample(n=16)`, `ddim.ddim_invert(to_batch(images[:8]))`.
+You see in `outputs/04_ddim_fast_sampling/` what each sampler costs (`speed.png`), what the fast
+ones make of the same noise (`samplers.png`), how well real images come back from their noise
+(`inversion.png`), the way from one real image to another (`interpolation.png`) by way of their
+noises, along an arc (slerp) or a line (lerp), and by fading; smooth transitions
+(`transitions.gif`), and as in 02 samples, denoising, loss and checkpoint. With `python -i`:
+`sample_grid(ddim.ddim_sample(n=16, ddim_steps=20), "new.png")`, `ddim.sample(n=16)`,
+`ddim.ddim_invert(to_batch(images[:8]))`.
 
 Measured with these settings on MNIST, two cores of an AMD EPYC (Zen 3), PyTorch 2.14.1: 17 min 13 s
 from start to last picture with 1.3 GB of memory; with 02's network 1 min 31 s, 1.0 GB. 50 steps of
@@ -357,8 +358,9 @@ class DDPM:
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         error = (noise - noise_pred).square().flatten(1).mean(dim=1)  # (B,)
         # DDPM Eq. 14 is the plain mean of ‖ε − ε_θ(x_t, t)‖². Any weight for each t has the same
-        # ideal answer; ours is 1/√ᾱ_t. With our U-Net the error is ᾱ_t · ‖v − h‖²: at large t, when
-        # it is decided which digit it will be, so tiny that in a short training it hardly counts.
+        # ideal answer; ours is 1/√ᾱ_t. With our U-Net the error is ᾱ_t · ‖v − h‖²: where noise
+        # outweighs the image, and it is decided which digit it will be, so small that in a short
+        # training it hardly counts.
         return (error / self.alphas_cumprod[t].sqrt()).mean()
 
     def p_sample(self, x_t, t):
@@ -780,7 +782,7 @@ class Trainer:
     def save(self, path):
         """Write all that the training has changed, and its settings, to path.
 
-        A checkpoint of another run there, perhaps further on than this one, is left as it is.
+        A checkpoint of another run there, perhaps further on, is left as it is, and this run ends.
         """
         if path.exists() and path.stat().st_mtime_ns != self.saved_at:
             sys.exit(f"Another run has written {path} meanwhile. This one stops.")
@@ -832,7 +834,7 @@ class Trainer:
 
 
 def explain(kind, error, traceback):
-    """Say in one line what a user can do about an error; of any other show the traceback."""
+    """Say in one line what to do about full memory, a failed file or Ctrl-C; else the traceback."""
     reason = " ".join(str(error).split())[:200]
     full = "out of memory", "can't allocate memory", "not enough memory"  # GPU; Linux; Windows
     if kind is MemoryError or any(words in reason for words in full):
@@ -847,7 +849,7 @@ def explain(kind, error, traceback):
 
 
 def make_folder(path):
-    """Return the folder for the results; end the program now if nothing can be saved there."""
+    """Return the folder for the results; end the program now if no file can be made there."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1014,7 +1016,7 @@ def compare_samplers(ddim, seed, count=64):
 
 
 def save_comparison(ddim, seed, out_dir, note):
-    """NEW in 04. Print and save what each sampler costs and what it makes of the same noise."""
+    """NEW in 04. Print and save what each sampler costs, and what the fast ones make of a noise."""
     results = compare_samplers(ddim, seed)
     ddpm_seconds, images = results["DDPM", ddim.T]
     header = ["sampler", "calls of the network", f"seconds for {len(images)} images", "speed-up"]
@@ -1035,7 +1037,7 @@ def save_comparison(ddim, seed, out_dir, note):
         for i in range(3):
             shown += [results[name, n][1][i] if (name, n) in results else nothing for n in counts]
             row_names.append(f"{name.split('(')[0]}, noise {i + 1}")
-    title = "The same three noises, with each sampler"
+    title = "The same three noises, with each fast sampler"
     columns = [f"{steps} calls" for steps in counts]
     image_table(torch.stack(shown), out_dir / "samplers.png", columns, row_names, title, note)
 

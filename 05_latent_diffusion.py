@@ -462,8 +462,8 @@ class LatentDiffusion:
         alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]
         noise_pred = self.model(z_t, torch.full((len(z_t),), t, device=self.device))
         # DDPM Eq. 15:  ẑ_0 = (z_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  No clamp: pixels end at ±1, latents
-        # anywhere. 02 warns of 1/√ᾱ_t; but our U-Net returns ε_θ = √(1−ᾱ_t) · z_t + √ᾱ_t · h, with
-        # which ẑ_0 = √ᾱ_t · z_t − √(1−ᾱ_t) · h: what is wrong with h is not magnified. (Stable
+        # anywhere. As 02 says, our U-Net undoes 1/√ᾱ_t: it returns ε_θ = √(1−ᾱ_t) · z_t + √ᾱ_t · h,
+        # so ẑ_0 = √ᾱ_t · z_t − √(1−ᾱ_t) · h, and what is wrong with h is not magnified. (Stable
         # Diffusion returns ε itself and needs no clamp either: its 1/√ᾱ_t ends at 15.)
         z_0_pred = (z_t - math.sqrt(1 - alpha_bar_t) * noise_pred) / math.sqrt(alpha_bar_t)
         # DDIM Eq. 16:  σ_t = η · √((1−ᾱ_prev) / (1−ᾱ_t)) · √(1 − ᾱ_t/ᾱ_prev)
@@ -767,7 +767,7 @@ class Trainer:
     def save(self, path):
         """Write all that the training has changed, and its settings, to path.
 
-        A checkpoint of another run there, perhaps further on than this one, is left as it is.
+        A checkpoint of another run there, perhaps further on, is left as it is, and this run ends.
         """
         if path.exists() and path.stat().st_mtime_ns != self.saved_at:
             sys.exit(f"Another run has written {path} meanwhile. This one stops.")
@@ -819,7 +819,7 @@ class Trainer:
 
 
 def explain(kind, error, traceback):
-    """Say in one line what a user can do about an error; of any other show the traceback."""
+    """Say in one line what to do about full memory, a failed file or Ctrl-C; else the traceback."""
     reason = " ".join(str(error).split())[:200]
     full = "out of memory", "can't allocate memory", "not enough memory"  # GPU; Linux; Windows
     if kind is MemoryError or any(words in reason for words in full):
@@ -834,7 +834,7 @@ def explain(kind, error, traceback):
 
 
 def make_folder(path):
-    """Return the folder for the results; end the program now if nothing can be saved there."""
+    """Return the folder for the results; end the program now if no file can be made there."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1176,7 +1176,7 @@ def check_latent_settings(settings):
 
 
 FIXED = (  # the settings that a checkpoint must agree with
-    *("DATASET", "LATENT_CH", "VAE_CH", "VAE_EPOCHS", "KL_WEIGHT"),
+    *("DATASET", "LATENT_CH", "VAE_CH", "VAE_EPOCHS", "KL_WEIGHT"),  # NEW in 05
     *("T", "SCHEDULE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT"),
     *("DROPOUT", "FLIP", "EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "EMA_DECAY", "SEED"),
 )
@@ -1192,14 +1192,14 @@ if __name__ == "__main__":
     images, _, source = load_images_in_turn(DATASET, DATA_DIR, rank, world)
     settings["DATASET"] = source  # drawn digits must not go on where MNIST stopped
     images, shape = images.to(device), images.shape[1:]
-    x = to_batch(load_test_images(source, DATA_DIR).to(device))
+    x = to_batch(load_test_images(source, DATA_DIR).to(device))  # NEW in 05
     if ON_GPU:  # TF32: float32 products with fewer digits, several times as fast
         torch.set_float32_matmul_precision("high")
     betas = cosine_beta_schedule(T) if SCHEDULE == "cosine" else linear_beta_schedule(T)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
     torch.manual_seed(SEED)
     vae = VAE(shape, VAE_CH, LATENT_CH).to(device, memory_format=best_layout(device))
-    vae = train_vae(vae, images, settings, out_dir / "vae.pt", rank, world)
+    vae = train_vae(vae, images, settings, out_dir / "vae.pt", rank, world)  # NEW in 05
     mean, deviation, scale = encode_all(vae, images)
     settings["VAE"] = digest_of(vae)  # a stage 2 fits no other VAE than its own
     note = f"{source}, VAE_EPOCHS = {VAE_EPOCHS}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
@@ -1213,8 +1213,8 @@ if __name__ == "__main__":
     ldm_in_training = LatentDiffusion(parallel, vae, scale, betas, latent_shape, device)
 
     def loss(index):
-        z_0 = mean[index] + deviation[index] * torch.randn_like(mean[index])
-        return ldm_in_training.loss(z_0 * scale)
+        z = mean[index] + deviation[index] * torch.randn_like(mean[index])  # NEW in 05
+        return ldm_in_training.loss(z * scale)
 
     trainer = Trainer(model, loss, len(mean), settings, rank, world)
     ldm = LatentDiffusion(trainer.averaged, vae, scale, betas, latent_shape, device)

@@ -336,7 +336,8 @@ def timestep_losses(curves, path, title="Loss per timestep", note=""):
         if label != earliest:
             right.plot(timesteps, 100 * (1 - np.divide(losses, first)), color=colour, label=label)
     left.set(title="Squared error of the noise", xlabel="t", ylabel="loss")
-    right.set(title=f"Fall of the error since {earliest}", xlabel="t", ylabel="per cent")
+    since = earliest.removeprefix("after ")
+    right.set(title=f"Fall of the error since {since}", xlabel="t", ylabel="per cent")
     left.legend()
     return _save(fig, path)
 
