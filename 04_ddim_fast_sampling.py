@@ -557,7 +557,7 @@ def best_precision(device):
 def best_layout(device):
     """Return the order in memory in which convolutions are fast: the channels of a pixel together.
 
-    On two CPU cores a guess of 02 takes 15 % less time. Apple's GPUs have given wrong results so.
+    On two CPU cores a guess takes 15 % less time (02). Apple's GPUs gave wrong results with it.
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
