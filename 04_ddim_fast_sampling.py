@@ -13,12 +13,11 @@ trained with the same settings, 04 goes on from its checkpoint. What is new is m
 in section 5 the class `DDIM`, in 7 the pictures. (02's essay on the loss is left out.)
 
 You see in `outputs/04_ddim_fast_sampling/` what each sampler costs (`speed.png`), what the fast
-ones make of the same noise (`samplers.png`), how well real images come back from their noise
-(`inversion.png`), the way from one real image to another (`interpolation.png`) by way of their
-noises, along an arc (slerp) or a line (lerp), and by fading; smooth transitions
-(`transitions.gif`), and as in 02 samples, denoising, loss and checkpoint. With `python -i`:
-`sample_grid(ddim.ddim_sample(n=16, ddim_steps=20), "new.png")`, `ddim.sample(n=16)`,
-`ddim.ddim_invert(to_batch(images[:8]))`.
+ones make of the same noise (`samplers.png`), how well images come back from their noise
+(`inversion.png`), the way from one image to another (`interpolation.png`) through their noises, by
+an arc (slerp) or a line (lerp), and by fading; smooth transitions (`transitions.gif`), and as in 02
+samples, denoising, loss and checkpoint. With `python -i`: `sample_grid(ddim.ddim_sample(n=16,
+ddim_steps=20), "new.png")`, `ddim.sample(n=16)`, `ddim.ddim_invert(to_batch(images[:8]))`.
 
 Measured with these settings on MNIST, two cores of an AMD EPYC (Zen 3), PyTorch 2.14.1: 17 min 13 s
 from start to last picture with 1.3 GB of memory; with 02's network 1 min 31 s, 1.0 GB. 50 steps of
