@@ -1,38 +1,34 @@
 """03 · Ask for a digit and get it: class conditioning and classifier-free guidance.
 
     python 03_conditional_ddpm.py
-    torchrun --nproc_per_node=4 03_conditional_ddpm.py        # on 4 GPUs of one machine
+    torchrun --standalone --nproc_per_node=4 03_conditional_ddpm.py       # on 4 GPUs of one machine
 
-The network is told what the image shows: a learned vector for the class, its embedding, is added
-to that of the step. One label in ten is withheld in training, so the same network also learns
-images of no class in particular. Sampling then asks it twice, with the label and without, and goes
-further in the direction in which the label pulls: the images become more typical of their class,
-and less diverse.
+The network also gets the class of the image: a learned vector for the class, its embedding, is
+added to that of the step. One label in ten is withheld in training, so the same network also learns
+images of no class in particular. The sampler evaluates the network twice, with the label and
+without, and extrapolates from the one prediction beyond the other: the images become more typical
+of their class, and less diverse.
 What is new since 02 is marked `NEW in 03`; `git diff --no-index 02_ddpm.py 03_conditional_ddpm.py`
-shows all of it. (02's essay on the loss is left out.)
+shows all of it.
 
-You see in `outputs/03_conditional_ddpm/` a grid with a row for each class (`samples.png`), what the
-guidance scale does to the same noise (`guidance.png`), one digit turning into another while
-nothing but its label changes (`interpolation.png`), and from 02 the preview grids, the way out of
-the noise as a strip and as an animation, the loss curve and the checkpoint.
-With `python -i`: `sample_grid(ddpm.sample(n=4, labels=7), "sevens.png")`, or `ddpm.sample(n=2,
-labels=["3", "8"], guidance_scale=5.0)`.
+The script leaves in `outputs/03_conditional_ddpm/` a grid with a row for each class
+(`samples.png`), the same noise at increasing guidance scales (`guidance.png`), one label blended
+into another (`interpolation.png`), and the other files of 02. With `python -i`, or after
+`ddpm = load(path)`: `ddpm.sample(n=4, labels=7)`, or `ddpm.sample(n=2, labels=["3", "8"],
+guidance_scale=5.0)`.
 
-Measured with these settings on MNIST, two cores of an AMD EPYC (Zen 3), PyTorch 2.14.1: 14 min 48 s
-from start to last picture, with 1.4 GB of memory. Of 1,000 samples at scale 3 all are read as the
-digit that was asked for (at 1: 96.7 %), but they are less diverse (`tests/benchmark.py 03`). A
-guided sample takes 2.1 times as long as an unguided one. Not yet timed on a GPU.
+How to read it: sections 3 to 5 are diffusion. Skim the rest.
 
 DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
 Improved DDPM = Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models,
 arXiv:2102.09672
 CFG = Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598
 
-Code              Paper            Shape          Meaning (what is not here is as in 02)
-labels            c                (B,)           the class of each image, 0 ... 9
-NULL_LABEL        ∅                               in place of a label: "no class in particular"
-noise_cond        ε_θ(x_t, c)      (B, C, H, W)   the guess of the noise, knowing the class
-noise_uncond      ε_θ(x_t)         (B, C, H, W)   the guess, not knowing it
+Code              Paper            Shape          Meaning (for other symbols see 02)
+labels            c                (B,)           the class of each image, 0 ... classes - 1
+null_label        ∅                               "no class in particular": the number of classes
+noise_cond        ε_θ(x_t, c)      (B, C, H, W)   noise predicted with the label
+noise_uncond      ε_θ(x_t)         (B, C, H, W)   noise predicted without it
 guidance_scale    s = 1 + w                       1: the label as it is, 0: no label, 3: guided
 """
 
@@ -43,94 +39,108 @@ import io
 import math
 import os
 import random
-import signal
 import socket
 import sys
-import tempfile
-from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
-from time import time as now
+from time import monotonic as now
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils.visualize import (
-    denoising_gif,
-    denoising_strip,
-    draw_digits,
-    image_table,
-    loss_curve,
-    sample_grid,
-)
+from utils.visualize import draw_digits, image_table, sample_grid, save_results
 
-# A checkpoint can be resumed only with the settings that it was made with. To train with others,
-# delete outputs/03_conditional_ddpm/checkpoint.pt or set another OUT_DIR.
-ON_GPU = torch.cuda.is_available()  # no setting: an NVIDIA GPU gets the larger values below
-DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", or "DRAWN": digits drawn offline
-T = 1000  # noise steps, in training and in sampling; with half as many, sampling takes half as long
+ON_GPU = torch.cuda.is_available()  # selects the larger defaults below
+DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", "DRAWN" (offline), or a folder of images
+IMAGE_SIZE = 32  # for a folder: its images are cropped to squares of so many pixels
+T = 1000  # noise steps, in training and in sampling
 SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear" (DDPM)
 BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; DDPM's code has 128 for CIFAR-10
 CHANNEL_MULT = (1, 2, 4)  # channels of each level in multiples of BASE_CH; 28 → 14 → 7 pixels
 NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
-ATTENTION_AT = (14, 16)  # sides with self-attention: MNIST's 14, CIFAR10's 16; the middle has it
-DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # against learning photographs by heart
+ATTENTION_AT = (14, 16)  # resolutions with self-attention (28 / 2, 32 / 2); the middle has it
+DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # regularisation for photographs
 FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirrored 3 is no digit
-EPOCHS = 30 if ON_GPU else 4  # on a CPU fewer than in 02: sampling takes longer; CIFAR10: hundreds
+EPOCHS = 30 if ON_GPU else 4  # on a CPU fewer than in 02, because guided sampling is slower
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
-LEARNING_RATE = 0.02  # at its highest, for Muon (AdamW gets a fifth); halve it if the loss jumps
+LEARNING_RATE = 0.02  # the highest of the run, for Muon; halve it if the loss jumps up
 EMA_DECAY = 0.9999  # memory of the averaged weights; felt only in runs of over 90,000 steps
 P_UNCOND = 0.1  # NEW in 03: share of the labels withheld in training; CFG: 0.1 or 0.2, not 0.5
 GUIDANCE_SCALE = 3.0  # NEW in 03: pull towards the labels; 1: the label as it is, 0: no label
-PREVIEW_EVERY = 2  # epochs from one sample grid to the next
-COMPILE = False  # True: torch.compile, a minute or more of waiting and then faster steps
-SEED = 0  # same seed on the same CPU: same digits
-ROOT = Path(__file__).resolve().parent
-DATA_DIR = ROOT / "data"  # where data sets are looked for and downloaded to
-OUT_DIR = ROOT / "outputs" / "03_conditional_ddpm"  # where pictures and the checkpoint are saved
+SAVE_EVERY = 2  # minutes from one checkpoint to the next; an interruption costs no more than these
+PREVIEW_EVERY = 5  # minutes from one grid of samples to the next
+COMPILE = False  # True: use torch.compile; slow to start, then faster
+SEED = 0  # the same seed on the same CPU gives the same digits
+DATA_DIR = "data"  # datasets are looked for and downloaded here
+OUT_DIR = "outputs/03_conditional_ddpm"  # results are saved here
 
 
 # %% 2. Data
 
 
-def load_images(name, folder):
-    """Return the training images, uint8 (N, C, H, W), labels, int64 (N,), and the data set's name.
+def read_image(file, size):
+    """Return an image file of any kind as uint8 (3, size, size); transparency becomes white."""
+    image = ImageOps.exif_transpose(Image.open(file))  # upright, as the camera was held
+    if image.mode.startswith("I"):  # 16 bits per pixel
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return torch.from_numpy(np.array(ImageOps.fit(image, (size, size)))).permute(2, 0, 1)
 
-    The labels, 0 ... 9, have no part before 03. If MNIST is not in `folder` and cannot be
-    downloaded, drawn digits take its place and a line says why. If any other data set is missing,
-    the program ends.
+
+def load_folder(folder, size):
+    """Return all images below a folder, uint8 (N, 3, size, size), labels (N,) and class names.
+
+    Each subfolder is a class, named after it; the images outside of subfolders are one more.
+    """
+    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
+    files = sorted(f for f in folder.rglob("[!.]*") if f.suffix.lower() in kinds)
+    if not files:
+        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder of images.")
+    names = [f.relative_to(folder).parts[0] if f.parent != folder else folder.name for f in files]
+    class_names, images = sorted(set(names)), []
+    for file in tqdm(files, "Reading images", unit=" images"):
+        try:
+            images.append(read_image(file, size))
+        except Exception as error:
+            sys.exit(f"\n{file} cannot be read as an image ({error}): repair or remove it.")
+    labels = torch.tensor([class_names.index(name) for name in names])
+    return torch.stack(images), labels, class_names
+
+
+def load_dataset(name, folder, size):
+    """Return images, uint8 (N, C, H, W), labels, int64 (N,), class names, and the dataset's name.
+
+    name: a dataset of torchvision, "DRAWN", or a folder of images, which are brought to this size.
+    If MNIST cannot be had, rendered digits take its place. Any other dataset must be there.
     """
     if name == "DRAWN":
         images, labels = draw_digits()
-        return images[:, None], labels, name
-    socket.setdefaulttimeout(20)  # seconds: a dead connection is an error, not an endless wait
+        return images[:, None], labels, [*"0123456789"], name
+    if name not in ("MNIST", "FashionMNIST", "CIFAR10"):
+        path = Path(name).expanduser().resolve()
+        return *load_folder(path, size), f"{path.name}/"
+    socket.setdefaulttimeout(20)  # seconds; otherwise a dead connection would hang for ever
     try:
         data = getattr(torchvision.datasets, name)(folder, train=True, download=True)
-    except Exception as error:  # no network, a full disk, a damaged file: all end the same way
-        reason = f"{name} could be neither read from {folder} nor downloaded ({error})."
-        reason = " ".join(reason.split()) + " If its files are there, delete them: they are damaged"
-        if name != "MNIST":
-            sys.exit(f"{reason}. If not, put them there, or set DATASET = 'DRAWN': it needs none.")
-        print(f"{reason}. Going on with DRAWN digits.")
-        return load_images("DRAWN", folder)
-    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-    grey = images.ndim == 3  # (N, H, W); colour is (N, H, W, 3)
-    return (images[:, None] if grey else images.permute(0, 3, 1, 2)), labels, name
+        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+    except Exception as error:  # no network or a damaged file
+        print(f"{name} could be neither read from {folder} nor downloaded: {error}")
+        return load_dataset("DRAWN", folder, size) if name == "MNIST" else sys.exit(1)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return images, labels, [c.split(" - ")[0] for c in data.classes], name  # MNIST: "0 - zero"
 
 
 # %% 3. Noise schedule and forward process
 
 
 def linear_beta_schedule(T):
-    """Return β of T steps, float64 (T,): DDPM section 4, from 1e-4 to 0.02 at T = 1000.
-
-    Fewer steps must each add more noise, or the last image would not be noise: hence 1000 / T.
-    With T = 20 or less that reaches 1, which leaves nothing of the image, and is cut off.
-    """
+    """Return β, float64 (T,): DDPM section 4, where T is 1000; 1000 / T, for other T, is ours."""
     return (torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T).clamp(max=0.999)
 
 
@@ -149,14 +159,12 @@ def cosine_beta_schedule(T):
 
 
 def q_sample(x_0, t, noise, alphas_cumprod):
-    """Add the noise of all steps up to t (B,) to images x_0 (B, C, H, W) in one go.
-
-    q is the paper's name for the process that adds noise, p for the one that removes it.
-    """
+    """Add the noise of all steps up to t (B,) to images x_0 (B, C, H, W), in one go."""
     alpha_bar_t = alphas_cumprod[t].view(-1, 1, 1, 1)
-    # DDPM Eq. 2, one step:  x_t = √α_t · x_{t−1} + √β_t · ε.  The sum of independent Gaussians is
-    # one, and their variances add up, here to 1 − ᾱ_t. So all steps up to t together are
-    # DDPM Eq. 4:  x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε
+    # DDPM Eq. 2, one step:  x_t = √α_t · x_{t−1} + √β_t · ε_t.  Two steps from x_0 lead to
+    #   x_2 = √α_2 · (√α_1 · x_0 + √β_1 · ε_1) + √β_2 · ε_2.  Sums of independent Gaussians
+    #   are Gaussian; variances add up: α_2 · (1 − α_1) + (1 − α_2) = 1 − α_1·α_2 = 1 − ᾱ_2,
+    # and so on, step by step, up to DDPM Eq. 4:  x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε
     return alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * noise
 
 
@@ -164,11 +172,7 @@ def q_sample(x_0, t, noise, alphas_cumprod):
 
 
 def timestep_embedding(t, dim):
-    """Turn steps t (B,) into vectors (B, dim), dim even: sines and cosines, fast to slow.
-
-    They tell neighbouring steps apart better than one number could; the position encoding of
-    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5) but for its order; DDPM, appendix B.
-    """
+    """Turn t (B,) into sines and cosines (B, dim), fast to slow: DDPM appendix B."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies  # (B, dim/2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -235,28 +239,11 @@ class ResBlock(nn.Module):
         return self.attention(self.shortcut(x) + self.conv_2(self.dropout(h)))
 
 
-# NEW in 03: what can be asked for. All data sets here have ten classes; the eleventh is no class.
-NULL_LABEL = 10
-DIGITS = [*"0123456789"]
-CLASS_NAMES = {
-    "MNIST": DIGITS,
-    "DRAWN": DIGITS,
-    "FashionMNIST": [
-        *("t-shirt", "trouser", "pullover", "dress", "coat"),
-        *("sandal", "shirt", "sneaker", "bag", "boot"),
-    ],
-    "CIFAR10": [
-        *("airplane", "automobile", "bird", "cat", "deer"),
-        *("dog", "frog", "horse", "ship", "truck"),
-    ],
-}
-
-
 class ConditionalUNet(nn.Module):
     """Guess the noise in x_t (B, C, side, side) at step t (B,), knowing the class of the image.
 
-    class_label: int64 (B,), 0 ... 9 or NULL_LABEL; or embeddings (B, time_dim), such as mixtures of
-    rows of label_embedding.weight.
+    class_label: int64 (B,), 0 ... num_classes, the last of which stands for "no class in
+    particular"; or embeddings (B, time_dim), such as mixtures of rows of label_embedding.weight.
 
     From level to level the side halves: it must be divisible by 2 once per entry of ch_mult after
     the first. attention_at: sides at which the blocks have attention. alphas_cumprod: ᾱ, float
@@ -271,6 +258,7 @@ class ConditionalUNet(nn.Module):
         num_blocks,
         attention_at,
         dropout,
+        num_classes,
         alphas_cumprod,
         precision=torch.float32,
     ):
@@ -282,7 +270,7 @@ class ConditionalUNet(nn.Module):
             nn.Linear(2 * base_ch, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
         )
         # NEW in 03: a learned vector for each class, and one for "no class in particular"
-        self.label_embedding = nn.Embedding(NULL_LABEL + 1, time_dim)
+        self.label_embedding = nn.Embedding(num_classes + 1, time_dim)
         self.conv_in = nn.Conv2d(channels, base_ch, 3, padding=1)
         widths = [base_ch * mult for mult in ch_mult]
         has_attention = [side // 2**level in attention_at for level in range(len(widths))]
@@ -314,12 +302,12 @@ class ConditionalUNet(nn.Module):
         # Mixed precision: in here products are computed with 16 bits where the hardware is fast at
         # it; weights, sums over many values and everything outside stay float32.
         mixed = self.precision != torch.float32
-        with torch.autocast(x_t.device.type, self.precision) if mixed else nullcontext():
+        with torch.autocast(x_t.device.type, self.precision, enabled=mixed):
             time = self.time(timestep_embedding(t, self.time[0].in_features))
             # NEW in 03: the label joins the step, and with it reaches every block.
             is_embedding = class_label.is_floating_point()
             label = class_label if is_embedding else self.label_embedding(class_label)
-            time = F.silu(time + label)  #                                       (B, time_dim)
+            time = F.silu(time + label)  #                               (B, time_dim)
             h = self.conv_in(x_t)  #                                     (B, base_ch, side, side)
             skips = [h]
             for layer in self.down:
@@ -332,7 +320,9 @@ class ConditionalUNet(nn.Module):
                 else:
                     h = layer(h)
             h = self.conv_out(F.silu(self.norm_out(h)))  #               (B, channels, side, side)
-        # As in 01: the exact h is v = √ᾱ_t · ε − √(1−ᾱ_t) · x_0; with it this is ε.
+        # Near t = T, ε is almost x_t itself. So we add x_t here, and the network only learns h. The
+        # exact h is v = √ᾱ_t · ε − √(1−ᾱ_t) · x_0 (Salimans & Ho 2022, arXiv:2202.00512), with which
+        # the sum is ε.
         alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         return (1 - alpha_bar_t).sqrt() * x_t + alpha_bar_t.sqrt() * h.float()
 
@@ -345,11 +335,12 @@ class GuidedDDPM:
 
     model: called as model(x_t, t, class_label), returns (B, C, H, W). betas: float64 (T,), each in
     (0, 1). image_shape: (C, H, W). p_uncond: share of labels withheld in training. class_names:
-    the ten names of the classes.
+    the names of the classes.
     """
 
     def __init__(self, model, betas, image_shape, device, p_uncond, class_names):
-        self.p_uncond, self.class_names = p_uncond, class_names
+        self.p_uncond, self.class_names = p_uncond, class_names  # NEW in 03
+        self.null_label = len(class_names)  # NEW in 03
         self.model, self.T, self.image_shape, self.device = model, len(betas), image_shape, device
         alphas = 1 - betas
         alphas_cumprod = torch.cumprod(alphas, dim=0)
@@ -366,6 +357,24 @@ class GuidedDDPM:
         self.mean_factor_x_t = mean_factor_x_t.float().to(device)
         self.posterior_std = posterior_variance.sqrt().float().to(device)
 
+    @classmethod
+    def build(cls, state, device):
+        """Return what state["settings"], constants by name, describe, with the weights in state.
+
+        state: the contents of a checkpoint; if it holds no weights, those of the network are new.
+        """
+        settings = state["settings"]
+        betas = SCHEDULES[settings["SCHEDULE"]](settings["T"])
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
+        architecture = [settings[name] for name in NETWORK]
+        names = settings["CLASS_NAMES"]  # NEW in 03
+        model = ConditionalUNet(*architecture, len(names), alphas_cumprod, best_precision(device))
+        if "averaged" in state:
+            model.load_state_dict(state["averaged"])
+            model.eval().requires_grad_(False)
+        model.to(device, memory_format=best_layout(device))
+        return cls(model, betas, settings["IMAGE_SHAPE"], device, settings["P_UNCOND"], names)
+
     def loss(self, x_0, labels):
         """Return the loss of images x_0 (B, C, H, W) in [-1, 1] of classes labels (B,).
 
@@ -373,7 +382,7 @@ class GuidedDDPM:
         """
         # NEW in 03: for each image by itself it is decided whether the network is told the label.
         withheld = torch.rand(len(x_0), device=self.device) < self.p_uncond
-        labels = labels.masked_fill(withheld, NULL_LABEL)
+        labels = labels.masked_fill(withheld, self.null_label)
         t = torch.randint(self.T, (len(x_0),), device=self.device)  # 0 ... T-1, all of them
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t, labels)
@@ -386,7 +395,7 @@ class GuidedDDPM:
 
     def guided_noise(self, x_t, t, labels, guidance_scale):
         """NEW in 03. Guess the noise in x_t (B, C, H, W) at t (B,), pulled towards the labels."""
-        null_labels = torch.full((len(x_t),), NULL_LABEL, device=self.device)
+        null_labels = torch.full((len(x_t),), self.null_label, device=self.device)
         if guidance_scale == 0:
             return self.model(x_t, t, null_labels)
         if guidance_scale == 1:
@@ -454,29 +463,66 @@ class GuidedDDPM:
 def to_labels(labels, n, class_names):
     """NEW in 03. Return the labels of n images as a tensor, int64 (n,).
 
-    labels: None for no class; one class for all images, or a list or tensor of n classes, each a
-    number, 0 ... 10 (NULL_LABEL), or a name. Embeddings (n, time_dim) stay what they are.
+    labels: None for no class; one class for all images, or a list or tensor of n classes, each its
+    name or number; len(class_names) is no class. Embeddings (n, time_dim) stay what they are.
     Raises ValueError if a class does not exist, or if there are not n labels.
     """
     if isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.ndim == 2:
         numbers = labels.float()
     else:
-        labels = NULL_LABEL if labels is None else labels
+        labels = len(class_names) if labels is None else labels
         labels = labels.tolist() if hasattr(labels, "tolist") else labels  # PyTorch's or NumPy's
         numbers = list(labels) if isinstance(labels, list | tuple | range) else [labels] * n
         for i, label in enumerate(numbers):
             if label in class_names:
                 numbers[i] = class_names.index(label)
-            elif isinstance(label, bool) or label not in range(NULL_LABEL + 1):
+            elif isinstance(label, bool) or label not in range(len(class_names) + 1):
                 names = ", ".join(class_names)
-                raise ValueError(f"there is no class {label!r}: take 0 ... 9 or a name: {names}")
+                raise ValueError(
+                    f"there is no class {label!r}: take its number or its name: {names}"
+                )
         numbers = torch.tensor([int(number) for number in numbers], dtype=torch.int64)
     if len(numbers) != n:
         raise ValueError(f"{len(numbers)} labels for n = {n} images: give one for each, or one")
     return numbers
 
 
-# %% 6. Training
+def update_average(averaged, model, step, ema_decay):
+    """Move averaged weights a little towards those of the model after training step `step`.
+
+    They sample better than the last weights, which still jump about. EMA, exponential moving
+    average:  average ← decay · average + (1 − decay) · weights.  It reaches back over about
+    1 / (1 − decay) steps. 10,000 of them would in a short training run be mostly the random weights
+    of the start, so at first it reaches back over a ninth of the steps so far.
+    """
+    decay = min(ema_decay, (1 + step) / (10 + step))
+    with torch.no_grad():  # foreach: one call for all weights
+        weights = list(model.parameters())
+        torch._foreach_lerp_(list(averaged.parameters()), weights, 1 - decay)
+
+
+SAMPLER = GuidedDDPM  # what a checkpoint of this script holds
+SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
+NETWORK = "IMAGE_SHAPE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"
+FIXED = (
+    "DATASET",
+    "CLASS_NAMES",
+    "T",
+    "SCHEDULE",
+    *NETWORK,
+)  # must agree with a checkpoint to go on from it
+
+
+def load(path):
+    """Return the sampler in a checkpoint, with the averaged weights: load(path).sample(n=16).
+
+    The checkpoint describes itself: the constants at the top of this file have no influence.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return SAMPLER.build(state, pick_device())
+
+
+# %% 6. Training: nothing about diffusion from here on
 
 
 def best_precision(device):
@@ -487,24 +533,16 @@ def best_precision(device):
     """
     if device.type != "cuda":
         return torch.float32
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
+    modern = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if modern else torch.float16
 
 
 def best_layout(device):
     """Return the order in memory in which convolutions are fast: the channels of a pixel together.
 
-    On two CPU cores a guess takes 15 % less time (02). Apple's GPUs gave wrong results with it.
+    On two CPU cores this makes a network evaluation 15 % faster. Apple's GPUs gave wrong results.
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-def derive_seed(*parts):
-    """Return a seed made of its parts, such as (SEED, "step", 7): the same in every run.
-
-    Different parts give unrelated seeds. SEED + step would not: 0 + 7 and 1 + 6 are the same.
-    """
-    return random.Random(repr(parts)).getrandbits(63)
 
 
 def to_batch(images, flip=False):
@@ -519,11 +557,9 @@ def to_batch(images, flip=False):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update moves a matrix of weights about equally far in all directions.
 
-    It has nothing to do with diffusion, and Adam works too, but is slower: in 01, after 25,000
-    images, the squared error of x̂_0 at t = 300 is 0.064 with Adam (learning rate 0.008, the best
-    of five tried), 0.055 with Muon. weights: parameters of two or more dimensions; lr: about 0.02.
-    Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes no convolutions,
-    and computes in bfloat16, which is slow on many CPUs.)
+    Adam works too, but needs more steps. weights: parameters of two or more dimensions; lr: about
+    0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes no
+    convolutions, and computes in bfloat16, which is slow on many CPUs.)
     """
 
     def __init__(self, weights, lr):
@@ -547,74 +583,102 @@ class Muon(torch.optim.Optimizer):
                 weight.sub_(step_size * u.view_as(weight))
 
 
+def derive_seed(*parts):
+    """Return a seed made of its parts, such as (SEED, "step", 7): the same in every run."""
+    return random.Random(repr(parts)).getrandbits(63)
+
+
 def save_atomically(contents, path):
-    """Save by way of a temporary file: whatever interrupts it leaves the old file whole."""
+    """Save to a temporary file and rename it: an interruption leaves the old file intact."""
     buffer = io.BytesIO()
-    torch.save(contents, buffer)  # not to a file: a full disk would be no OSError, but a crash
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # waits until it is on the disk and survives a power cut
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    torch.save(contents, buffer)  # not to a file: a full disk would end Python without a message
+    partial = path.with_name(f"{path.name}.part")
+    with partial.open("wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # waits until the disk has it: this survives a power cut
+    os.replace(partial, path)
 
 
 class Trainer:
-    """A training that can stop after any step and go on later as if it had never stopped.
+    """Trains a network; a new Trainer goes on from the last checkpoint, however the old one ended.
 
-    On a CPU that holds to the last bit; a GPU may add numbers in another order every time.
+    On a CPU the result is the same to the last bit; a GPU may add numbers in another order.
 
-    model: a network on its device, with weights in float32. loss: a function from the indices of a
-    batch (B,) to its loss. count: how many images the indices choose from. settings: the constants
-    at the head, by name; a checkpoint must agree with them. rank, world: the number of this
-    process, and how many there are.
+    loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
+    settings: the constants by name, saved with the checkpoint. fixed: names of those that must
+    agree with it to go on. path: the checkpoint. rank, world: number of this process, of all.
     """
 
-    PARTS = "model", "averaged", "muon", "adamw", "scaler"  # have a state_dict each
+    STATES = "model", "averaged", "muon", "adamw", "scaler"  # have a state_dict each
     VALUES = "step", "losses", "extras"
 
-    def __init__(self, model, loss, count, settings, rank=0, world=1):
+    def __init__(self, model, loss, count, settings, fixed, path, rank=0, world=1):
         self.model, self.loss, self.count, self.settings = model, loss, count, settings
-        self.rank, self.world, self.device = rank, world, next(model.parameters()).device
-        if settings["BATCH_SIZE"] > count:
-            sys.exit(f"BATCH_SIZE = {settings['BATCH_SIZE']} is more than the {count:,} images.")
-        self.steps_per_epoch = count // settings["BATCH_SIZE"]  # the rest waits for another epoch
-        self.total_steps = settings["EPOCHS"] * self.steps_per_epoch
-        self.step, self.losses, self.stop_requested = 0, [], False
-        self.extras = {}  # whatever else the checkpoint should keep
-        self.saved_at = None  # when the checkpoint that this training knows of was written
-        # The averaged weights are those that sample. They never see dropout: eval() is for good.
-        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
-        # Muon for the matrices inside the network; its authors leave the first layer, the last, all
-        # vectors and embeddings (03 has one) to AdamW.
+        self.path, self.rank, self.world = path, rank, world
+        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)  # these weights sample
+        # Muon for the matrices inside the network. Its authors leave the first layer, the last, all
+        # vectors and embeddings to AdamW.
         inner, outer = [], []
         for name, weight in model.named_parameters():
             at_the_ends = any(part in name for part in ("conv_in", "conv_out", "embedding"))
             (outer if at_the_ends or weight.ndim == 1 else inner).append(weight)
         self.muon = Muon(inner, lr=0)  # train_step sets both learning rates
-        # betas: a shorter memory than by default, for short trainings. fused: all weights at once.
-        # No weight decay: these are mostly biases and gains, which have no reason to shrink.
-        options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
-        self.adamw = torch.optim.AdamW(outer, lr=0, **options)
-        float16 = getattr(model, "precision", None) == torch.float16
+        self.adamw = torch.optim.AdamW(outer, 0, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.device, float16 = outer[0].device, getattr(model, "precision", None) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=float16)
+        self.step, self.losses, self.recent = 0, [], []
+        self.extras = {}  # whatever else the checkpoint should hold
+        self.steps_per_epoch = count // settings["BATCH_SIZE"]  # the rest waits for another epoch
+        self.total_steps = settings["EPOCHS"] * self.steps_per_epoch
+        if path.exists():
+            self.resume(fixed)
 
-    def learning_rate(self):
-        """Rise over the first 5 % of the steps, then fall to zero along a cosine."""
-        rise = (self.step + 1) / (0.05 * self.total_steps)
-        fall = 0.5 + 0.5 * math.cos(math.pi * self.step / self.total_steps)
-        return self.settings["LEARNING_RATE"] * min(rise, fall)
+    def resume(self, fixed):
+        """Go on from the checkpoint; if that is impossible, end the program and leave it alone."""
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            for name in fixed:
+                was, now = state["settings"][name], self.settings[name]
+                if was != now:
+                    raise ValueError(f"{name} was {was!r} and now is {now!r}")
+            for name in self.STATES:
+                if state[name]:  # the scaler's is empty unless the precision is float16
+                    getattr(self, name).load_state_dict(state[name])
+            for name in self.VALUES:
+                setattr(self, name, state[name])
+        except Exception as error:  # other settings, cut short, damaged, another program's file
+            hint = "To start from scratch, delete the file or set another OUT_DIR."
+            sys.exit(f"Cannot go on from {self.path}: {' '.join(str(error).split())[:200]}. {hint}")
+        self.step = self.step * state["settings"]["BATCH_SIZE"] // self.settings["BATCH_SIZE"]
+        print(f"Going on from {self.path}, step {self.step:,} of {self.total_steps:,}.")
+
+    def save(self):
+        """Write the checkpoint, unless the loss or a weight is not finite: then end the program."""
+        self.losses += [loss.item() for loss in self.recent]
+        self.recent.clear()
+        weights = torch.stack([weight.detach().sum() for weight in self.model.parameters()])
+        if not math.isfinite(sum(self.losses) + weights.sum().item()):
+            rate = self.settings["LEARNING_RATE"]
+            sys.exit(
+                f"\nThe loss or a weight became NaN or infinite before step {self.step}. Usually "
+                f"LEARNING_RATE = {rate} is too high: halve it. {self.path} is still intact."
+            )
+        if self.rank == 0:
+            state = {name: getattr(self, name).state_dict() for name in self.STATES}
+            state |= {name: getattr(self, name) for name in self.VALUES}
+            save_atomically({"settings": self.settings, **state}, self.path)
 
     def train_step(self, index):
         """Learn from the images at index (B,); return their loss, a tensor on the device."""
-        # The random numbers of a step (t, noise, dropout, mirroring) come from a seed of its own,
-        # not from what went before: its number is all the random state that a restart needs.
+        # Each step seeds its random numbers (t, noise, dropout, mirroring) with its own number:
+        # that is all the random state that going on needs.
         torch.manual_seed(derive_seed(self.settings["SEED"], "step", self.step, self.rank))
-        self.muon.param_groups[0]["lr"] = self.learning_rate()
-        self.adamw.param_groups[0]["lr"] = self.learning_rate() / 5
+        # The learning rate rises for 5 % of the steps and then falls to zero along a cosine.
+        rise = (self.step + 1) / (0.05 * self.total_steps)
+        fall = 0.5 + 0.5 * math.cos(math.pi * self.step / self.total_steps)
+        rate = self.settings["LEARNING_RATE"] * min(rise, fall)
+        self.muon.param_groups[0]["lr"], self.adamw.param_groups[0]["lr"] = rate, rate / 5
         loss = self.loss(index)
         self.model.zero_grad()
         self.scaler.scale(loss).backward()  # the scaler does nothing unless it is float16
@@ -629,383 +693,215 @@ class Trainer:
                 self.scaler.step(optimizer)
         self.scaler.update()
         self.step += 1
-        # EMA, exponential moving average:  average ← decay · average + (1 − decay) · weights.
-        # It reaches back over about 1 / (1 − decay) steps. 10,000 of them would in a short training
-        # be mostly the random weights of the start, so at first it reaches over the last ninth of
-        # the steps so far, until EMA_DECAY reaches less far.
-        decay = min(self.settings["EMA_DECAY"], (1 + self.step) / (10 + self.step))
-        with torch.no_grad():  # foreach: one call for all weights
-            averages, weights = list(self.averaged.parameters()), list(self.model.parameters())
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+        update_average(self.averaged, self.model, self.step, self.settings["EMA_DECAY"])
         return loss.detach()
 
-    def train_epoch(self):
-        """Train to the end of the epoch, or until a stop is requested."""
-        epoch, first = divmod(self.step, self.steps_per_epoch)
-        batch_size, epochs = self.settings["BATCH_SIZE"], self.settings["EPOCHS"]
-        seed = derive_seed(self.settings["SEED"], "order", epoch)
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
-        batches = order[: self.steps_per_epoch * batch_size].view(-1, batch_size).to(self.device)
-        losses = []
-        bar = tqdm(
-            desc=f"Epoch {epoch + 1}/{epochs}",
-            total=batches.numel(),
-            initial=first * batch_size,
-            unit=" images",
-            unit_scale=True,
-            disable=self.rank > 0,
-        )
-        with bar:
-            # Each process has shuffled alike, and takes every world-th image of each batch.
-            for index in batches[first:, self.rank :: self.world]:
-                losses.append(self.train_step(index))  # no .item(): it waits for the GPU
-                bar.update(batch_size)
-                last = self.stop_requested or self.step % self.steps_per_epoch == 0
-                if last or len(losses) % 50 == 0:  # last: a checkpoint follows, it must be sound
-                    bar.set_postfix(loss=f"{self.checked_mean(losses[-50:]):.4f}")
-                if last:
-                    break
-        losses = torch.stack(losses)
-        if self.world > 1:  # so far each process knows only the loss of its share
-            dist.all_reduce(losses)
-        self.losses += (losses / self.world).tolist()
+    def run(self):
+        """Train to the end; save a checkpoint every SAVE_EVERY, yield every PREVIEW_EVERY minutes.
 
-    def checked_mean(self, losses):
-        """Return the mean loss as a number; end the program if it or a weight is not finite."""
-        mean = torch.stack(losses).mean()
-        weights = torch.stack([weight.detach().sum() for weight in self.model.parameters()])
-        if not torch.isfinite(mean + weights.sum()):
-            sys.exit(
-                f"The loss or a weight became NaN or infinite before step {self.step}. Usually "
-                f"LEARNING_RATE = {self.settings['LEARNING_RATE']} is too high: halve it and "
-                "start anew. The checkpoint of the last sound epoch was left as it is."
-            )
-        return mean.item()
-
-    def request_stop(self, *_):
-        """Answer Ctrl-C: the first one lets the step under way finish, the second one does not.
-
-        In the middle of a step some weights have changed and others have not.
+        What the caller does when this yields has no influence on the training.
         """
-        if self.stop_requested:
-            sys.exit("Stopped at once. The checkpoint of the last epoch is whole.")
-        self.stop_requested = True
-        print("\nStopping after the step or picture under way; Ctrl-C again stops at once.")
-
-    def run(self, path):
-        """Train to the end or to Ctrl-C; after each epoch save a checkpoint and yield its number.
-
-        Whatever the caller does between two epochs has no influence on the training.
-        """
-        # Several processes would have to agree on the step to stop at; they stop at once, and go on
-        # from the last whole epoch.
-        before = signal.getsignal(signal.SIGINT)
-        if self.world == 1:
-            signal.signal(signal.SIGINT, self.request_stop)
-        try:
-            while self.step < self.total_steps and not self.stop_requested:
-                self.train_epoch()
-                if self.rank == 0:
-                    self.save(path)
-                if not self.stop_requested:
-                    yield self.step // self.steps_per_epoch
-        finally:
-            signal.signal(signal.SIGINT, before)
-        if self.stop_requested or self.step < self.total_steps:
-            sys.exit(
-                f"Stopped at step {self.step} of {self.total_steps}. The same command goes on."
-            )
-
-    def save(self, path):
-        """Write all that the training has changed, and its settings, to path.
-
-        A checkpoint of another run there, perhaps further on, is left as it is, and this run ends.
-        """
-        if path.exists() and path.stat().st_mtime_ns != self.saved_at:
-            sys.exit(f"Another run has written {path} meanwhile. This one stops.")
-        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        state |= {name: getattr(self, name) for name in self.VALUES}
-        save_atomically({"settings": self.settings, **state}, path)
-        self.saved_at = path.stat().st_mtime_ns
-
-    def resume(self, path):
-        """Go on from the checkpoint in path, if there is one.
-
-        A file that cannot be read or has other settings ends the program and is left untouched.
-        """
-        if not path.exists():
-            return
-        self.saved_at = path.stat().st_mtime_ns
-        start_anew = f"To start anew, move or delete {path}, or set OUT_DIR to another folder."
-        try:  # weights_only: a file from somebody else cannot run code
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            saved = dict(state["settings"])
-        except Exception as error:  # cut short, damaged, another program's: all end the same way
-            reason = " ".join(str(error).split())[:100]
-            sys.exit(
-                f"{path} is damaged or is no checkpoint of this script ({reason}). {start_anew}"
-            )
-        different = [
-            f"{name} was {saved.get(name)!r} and now is {value!r}"
-            for name, value in self.settings.items()
-            if saved.get(name) != value
-        ]
-        if different:
-            sys.exit(
-                f"{path} comes from a training with other settings: {', '.join(different)}. To go "
-                f"on with it, set them back. {start_anew}"
-            )
-        try:
-            for name in self.PARTS:
-                if state[name] or name != "scaler":  # empty in a training without float16
-                    getattr(self, name).load_state_dict(state[name])
-            for name in self.VALUES:
-                setattr(self, name, state[name])
-        except Exception as error:
-            reason = " ".join(str(error).split())[:100]
-            sys.exit(f"{path} does not fit the network of this script ({reason}). {start_anew}")
-        print(f"Going on from step {self.step:,} of {self.total_steps:,}.")
+        size, seed, saved, shown = *map(self.settings.get, ("BATCH_SIZE", "SEED")), now(), now()
+        sizes = {"total": self.total_steps * size, "initial": self.step * size}
+        bar = tqdm(desc="Training", unit=" images", disable=self.rank > 0, **sizes)
+        while self.step < self.total_steps:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+            order = torch.randperm(self.count, generator=generator)
+            batches = order[: self.steps_per_epoch * size].view(-1, size).to(self.device)
+            for index in batches[first:, self.rank :: self.world]:  # a share of each batch
+                self.recent.append(self.train_step(index))  # no .item(): it would wait for the GPU
+                bar.update(size)
+                if self.step % 50 == 0:
+                    bar.set_postfix(loss=f"{torch.stack(self.recent[-50:]).mean():.4f}")
+                due = now() - saved > 60 * self.settings["SAVE_EVERY"]
+                if due or self.step == self.total_steps:
+                    self.save()
+                    saved = now()
+                due = now() - shown > 60 * self.settings["PREVIEW_EVERY"]
+                if due and self.step < self.total_steps:
+                    yield
+                    shown = now()
+        bar.close()
 
 
-# %% 7. Run
+# %% 7. Figures
 
 
-def explain(kind, error, traceback):
-    """Say in one line what to do about full memory, a failed file or Ctrl-C; else the traceback."""
-    reason = " ".join(str(error).split())[:200]
-    full = "out of memory", "can't allocate memory", "not enough memory"  # GPU; Linux; Windows
-    if kind is MemoryError or any(words in reason for words in full):
-        reason = f"Not enough memory: reduce BATCH_SIZE or BASE_CH ({reason})."
-    elif issubclass(kind, OSError):
-        reason = f"Reading or writing failed: {reason}. Make room, or set another OUT_DIR."
-    elif kind is KeyboardInterrupt:
-        reason = "Stopped."
-    else:
-        return sys.__excepthook__(kind, error, traceback)
-    print(f"\n{reason} What was saved before is whole.", file=sys.stderr)
+def sample_classes(ddpm, labels, guidance_scale, size, frames=None):
+    """NEW in 03. Return an image for each label, at most `size` at once."""
+    parts = torch.as_tensor(labels).split(size)  # frames: of the first part
+    images = [
+        ddpm.sample(len(p), p, guidance_scale, None if i else frames) for i, p in enumerate(parts)
+    ]
+    return torch.cat(images)
 
 
-def make_folder(path):
-    """Return the folder for the results; end the program now if no file can be made there."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        for leftover in folder.glob(".*.part"):  # of a run that was killed while it saved
-            if now() - leftover.stat().st_mtime > 60:  # not of one that is saving now
-                leftover.unlink(missing_ok=True)
-    except OSError as error:
-        sys.exit(f"OUT_DIR = {str(path)!r} does not work: {error}.")
-    return folder
+def save_class_preview(ddpm, trainer, guidance_scale, folder, note):
+    """NEW in 03. Save two samples of each class, of the first ten."""
+    torch.manual_seed(trainer.settings["SEED"])  # the same noise each time: watch it change
+    classes = [*range(ddpm.null_label)][:10]
+    samples = sample_classes(ddpm, classes * 2, guidance_scale, trainer.settings["BATCH_SIZE"])
+    path, title = folder / f"samples_step_{trainer.step:06}.png", f"After {trainer.step:,} steps"
+    sample_grid(samples, path, f"{title}, guidance scale {guidance_scale}", note, len(classes))
 
 
-def pick_device():
-    """Return the fastest device here: an NVIDIA GPU, else Apple's GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def join_processes():
-    """Return the number of this process, its rank, and how many processes there are.
-
-    torchrun starts one process per GPU and tells each of them who it is; without it there is one.
-    """
-    names = ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)
-    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in names)
-    if ON_GPU:
-        torch.cuda.set_device(local_rank)  # from here on "cuda" means this process's GPU
-    if world > 1:
-        nccl = ON_GPU and dist.is_nccl_available()  # Windows has none
-        backend, own_gpu = ("nccl", torch.device("cuda", local_rank)) if nccl else ("gloo", None)
-        # Two hours, as the others must wait while the first process downloads or makes samples.
-        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=own_gpu)
-    if rank > 0:
-        sys.stdout = io.StringIO()  # one process speaks for all
-    return rank, world
-
-
-def leave_processes(world):
-    """End the communication; no process may end its own while another still needs it."""
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def load_images_in_turn(name, folder, rank, world):
-    """As load_images, one process after the other: the first downloads, the others find it."""
-    for turn in range(world):
-        if turn == rank:
-            data = load_images(name, folder)
-        if world > 1:
-            dist.barrier()  # everyone waits here until all have come
-    return data
-
-
-def check_agreement(start, world):
-    """End the program unless start, a tuple of what a process starts with, is the same in all."""
-    everyone = [start] * world
-    if world > 1:
-        dist.all_gather_object(everyone, start)
-    if any(other != start for other in everyone):
-        sys.exit(f"The processes differ: {everyone}. All need the same DATA_DIR and OUT_DIR.")
-
-
-def check_setting(name, value, kind, lowest=None, highest=None):
-    """End the program with one clear line if a setting is of the wrong kind or out of range."""
-    numbers = {int: "a whole number", (int, float): "a number"}
-    wanted = {**numbers, bool: "True or False", (str, Path): "the path of a folder"}[kind]
-    works = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if kind in numbers:
-        works, wanted = works and lowest <= value <= highest, f"{wanted}, {lowest} to {highest}"
-    if not works:
-        sys.exit(f"{name} = {value!r} does not work: it must be {wanted}.")
-
-
-def check_settings(settings, world):
-    """End the program with one clear line if a setting does not work; settings: by name."""
-    for name, allowed in (
-        ("DATASET", ("MNIST", "FashionMNIST", "CIFAR10", "DRAWN")),
-        ("SCHEDULE", ("cosine", "linear")),
-    ):
-        if settings[name] not in allowed:
-            sys.exit(f"{name} = {settings[name]!r} is not {' or '.join(map(repr, allowed))}.")
-    for name, kind, lowest, highest in (
-        ("T", int, 2, 100_000),
-        ("BASE_CH", int, 1, 1024),
-        ("NUM_BLOCKS", int, 1, 16),
-        ("DROPOUT", (int, float), 0, 0.9),
-        ("EPOCHS", int, 1, 100_000),
-        ("BATCH_SIZE", int, 1, 100_000),
-        ("LEARNING_RATE", (int, float), 1e-7, 1),
-        ("EMA_DECAY", (int, float), 0, 0.999999),
-        ("PREVIEW_EVERY", int, 1, 100_000),
-        ("SEED", int, 0, 2**63 - 1),
-    ):
-        check_setting(name, settings[name], kind, lowest, highest)
-    for name in "FLIP", "COMPILE":
-        check_setting(name, settings[name], bool)
-    for name in "DATA_DIR", "OUT_DIR":
-        check_setting(name, settings[name], (str, Path))
-    for name in "CHANNEL_MULT", "ATTENTION_AT":
-        value = settings[name]
-        is_tuple = isinstance(value, tuple) and (value or name == "ATTENTION_AT")
-        if not is_tuple or not all(isinstance(v, int) and v > 0 for v in value):
-            sys.exit(f"{name} = {value!r} does not work: it must look like (1, 2, 4) or (14,).")
-    side = 32 if settings["DATASET"] == "CIFAR10" else 28
-    halvings = len(settings["CHANNEL_MULT"]) - 1
-    if side % 2**halvings:
-        sys.exit(
-            f"CHANNEL_MULT = {settings['CHANNEL_MULT']} does not work: each entry after the first "
-            f"halves the image, and {side} pixels cannot be halved {halvings} times."
-        )
-    if settings["BATCH_SIZE"] % world:
-        sys.exit(f"BATCH_SIZE = {settings['BATCH_SIZE']} cannot be shared by {world} processes.")
-
-
-def save_preview(ddpm, trainer, epoch, preview_every, guidance_scale, out_dir, note):
-    """NEW in 03. Every few epochs save two samples of each class."""
-    if epoch % preview_every == 0 and epoch < trainer.settings["EPOCHS"]:
-        torch.manual_seed(trainer.settings["SEED"])  # the same noise each time: watch it change
-        samples = ddpm.sample(20, [*range(10)] * 2, guidance_scale)
-        path = out_dir / f"samples_epoch_{epoch:03}.png"
-        title = f"After epoch {epoch}, guidance scale {guidance_scale}"
-        sample_grid(samples, path, title, note, columns=10)
-
-
-def save_guidance(ddpm, seed, out_dir, note):
-    """NEW in 03. Save what the guidance scale does: the same noise at seven scales."""
-    rows, scales = [], (0, 1, 2, 3, 5, 7, 10)
-    for scale in scales:
-        torch.manual_seed(seed)
-        rows.append(ddpm.sample(10, range(10), scale))
-    title, names = "The same noise, guided ever more strongly", [f"s = {s}" for s in scales]
-    image_table(torch.cat(rows), out_dir / "guidance.png", ddpm.class_names, names, title, note)
-
-
-def save_interpolation(ddpm, seed, guidance_scale, out_dir, note, columns=9):
+def save_interpolation(ddpm, seed, guidance_scale, folder, note, columns=9):
     """NEW in 03. Save images of the same noise while one label is blended into another."""
-    embeddings, pairs = ddpm.model.label_embedding.weight, [(3, 8), (4, 9), (1, 7), (0, 6)]
+    embeddings, names = ddpm.model.label_embedding.weight, ddpm.class_names
+    pairs = [p for p in ((3, 8), (4, 9), (1, 7), (0, 6), (0, 1)) if max(p) < len(names)][:4]
     first, last = (embeddings[list(ends)] for ends in zip(*pairs))
     images = []
     # A straight blend will do here: embeddings are no noise, whose variance would have to be kept.
     for share in torch.linspace(0, 1, columns).tolist():
         torch.manual_seed(seed)
         images.append(ddpm.sample(len(pairs), first.lerp(last, share), guidance_scale))
-    names = [f"{ddpm.class_names[a]} → {ddpm.class_names[b]}" for a, b in pairs]
+    rows = {f"{names[a]} → {names[b]}": row for (a, b), row in zip(pairs, torch.stack(images, 1))}
     shares = [f"{100 * i / (columns - 1):.0f} %" for i in range(columns)]
-    table = torch.stack(images, dim=1).flatten(0, 1)  # (rows · columns, C, H, W)
     title = f"The same noise, one label blended into another, guidance scale {guidance_scale}"
-    image_table(table, out_dir / "interpolation.png", shares, names, title, note)
+    image_table(rows, folder / "interpolation.png", shares, title, note)
 
 
-def save_class_figures(ddpm, trainer, guidance_scale, out_dir, note):
+def save_class_figures(ddpm, trainer, guidance_scale, folder, note):
     """NEW in 03. Sample six images of each class and save the figures of a finished training."""
-    seed, frames = trainer.settings["SEED"], []
+    seed, size, frames = trainer.settings["SEED"], trainer.settings["BATCH_SIZE"], []
+    classes = [*range(ddpm.null_label)][:10]
+    names = ddpm.class_names[:10]
     torch.manual_seed(seed)
-    samples = ddpm.sample(60, [*range(10)] * 6, guidance_scale, frames)  # NEW in 03: labels
-    rows = samples.unflatten(0, (6, 10)).transpose(0, 1).flatten(0, 1)  # a row for each class
+    samples = sample_classes(ddpm, classes * 6, guidance_scale, size, frames)
+    save_results(folder, samples, frames, trainer.losses, note)
+    rows = {name: samples[i :: len(classes)] for i, name in enumerate(names)}
     title = f"What was asked for, guidance scale {guidance_scale}"
-    image_table(rows, out_dir / "samples.png", [""] * 6, ddpm.class_names, title, note)
+    image_table(rows, folder / "samples.png", (), title, note)
     print("Next: 7 guidance scales, then 9 steps from one label to another.")
-    save_guidance(ddpm, seed, out_dir, note)
-    save_interpolation(ddpm, seed, guidance_scale, out_dir, note)
-    title = f"From noise to image, guidance scale {guidance_scale}"
-    denoising_strip(frames, out_dir / "denoising.png", title, note)
-    short_note = f"{trainer.settings['DATASET']}, SEED = {seed}"
-    denoising_gif(frames, out_dir / "denoising.gif", note=short_note)
-    loss_curve(trainer.losses, out_dir / "loss.png", note=note)
-    print(f"Saved samples, guidance, interpolation, denoising, loss (.png, .gif) in {out_dir}")
+    rows = {}
+    for scale in (0, 1, 2, 3, 5, 7, 10):
+        torch.manual_seed(seed)  # the same noise each time
+        rows[f"s = {scale}"] = sample_classes(ddpm, classes, scale, size)
+    title = "The same noise at increasing guidance scales"
+    image_table(rows, folder / "guidance.png", names, title, note)
+    save_interpolation(ddpm, seed, guidance_scale, folder, note)
 
 
-FIXED = (  # the settings that a checkpoint must agree with
-    *("DATASET", "T", "SCHEDULE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT"),
-    *("DROPOUT", "FLIP", "EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "EMA_DECAY", "SEED"),
-    "P_UNCOND",  # NEW in 03
+# %% 8. Run
+
+
+def pick_device():
+    """Return the GPU if there is one, else the CPU."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    return gpu or torch.device("cpu")
+
+
+def join_processes():
+    """Return the number of this process and how many there are: torchrun starts one per GPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if world > gpus > 0:
+        sys.exit(1 if rank else f"{world} processes but {gpus} GPUs: use --nproc_per_node={gpus}.")
+    if world > 1:
+        if gpus:
+            torch.cuda.set_device(rank)  # from here on "cuda" means this process's GPU
+        dist.init_process_group("nccl" if gpus and dist.is_nccl_available() else "gloo")
+    if rank > 0:
+        sys.stdout = io.StringIO()  # one process prints for all
+    return rank, world
+
+
+def wait_for_all(world):
+    """Return when all processes have come here."""
+    if world > 1:
+        dist.barrier()
+
+
+def end_with_one_line(kind, error, traceback):
+    """Print one line instead of a traceback if the program was ended by Ctrl-C."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, traceback)
+    print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+
+
+def is_whole(value, lowest=1):
+    return isinstance(value, int) and value >= lowest
+
+
+def is_writable(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
+
+
+CHECKS = (  # constants, the condition that each must meet, and the same in words
+    ("IMAGE_SIZE BASE_CH NUM_BLOCKS EPOCHS BATCH_SIZE", is_whole, "a whole number from 1"),
+    ("T", lambda v: is_whole(v, 2), "a whole number from 2"),
+    ("SEED", lambda v: is_whole(v, 0), "a whole number from 0"),
+    ("SCHEDULE", lambda v: v in SCHEDULES, "'linear' or 'cosine'"),
+    ("CHANNEL_MULT ATTENTION_AT", lambda v: all(map(is_whole, v)), "like (1, 2, 4)"),
+    ("P_UNCOND", lambda v: 0 < v < 1, "a number between 0 and 1"),  # NEW in 03
+    ("GUIDANCE_SCALE", lambda v: 0 <= v < math.inf, "a number from 0"),  # NEW in 03
+    ("DROPOUT EMA_DECAY", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    ("LEARNING_RATE", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+    ("SAVE_EVERY PREVIEW_EVERY", lambda v: v > 0, "a number of minutes above 0"),
+    ("FLIP COMPILE", lambda v: isinstance(v, bool), "True or False"),
+    ("DATASET DATA_DIR", Path, "a name or a path"),
+    ("OUT_DIR", is_writable, "a folder in which files can be made"),
 )
 
+
+def check_settings(constants):
+    """Return the constants by name as plain Python; end the program if one cannot work."""
+    settings = {}
+    for names, works, allowed in CHECKS:
+        for name in names.split():
+            value = constants[name]
+            try:
+                value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers
+                value = Path(value).expanduser() if "_DIR" in name else value
+                assert works(value)
+            except Exception:  # also what comes of None < 2
+                sys.exit(f"{name} = {value!r} does not work: it must be {allowed}.")
+            settings[name] = value
+    return settings
+
+
 if __name__ == "__main__":
-    sys.excepthook = explain
+    sys.excepthook = end_with_one_line
+    settings = check_settings(globals())
+    data_dir, out_dir = settings.pop("DATA_DIR"), settings.pop("OUT_DIR")
     rank, world = join_processes()
-    check_settings(globals(), world)
-    settings = {name: globals()[name] for name in FIXED}  # the constants above, by name
-    check_setting("P_UNCOND", P_UNCOND, (int, float), 0.01, 0.9)  # NEW in 03
-    check_setting("GUIDANCE_SCALE", GUIDANCE_SCALE, (int, float), 0, 1000)  # NEW in 03
-    device = torch.device("cpu") if world > 1 and not ON_GPU else pick_device()
-    out_dir = make_folder(OUT_DIR)
-    images, labels, source = load_images_in_turn(DATASET, DATA_DIR, rank, world)
-    settings["DATASET"] = source  # drawn digits must not go on where MNIST stopped
-    images, labels, shape = images.to(device), labels.to(device), images.shape[1:]
+    device = pick_device()
+    for turn in range(world):
+        if turn == rank:  # the first process downloads, the others find the files
+            images, labels, names, source = load_dataset(DATASET, data_dir, IMAGE_SIZE)
+        wait_for_all(world)
+    count, *shape = images.shape
+    if count < BATCH_SIZE or BATCH_SIZE % world:
+        sys.exit(f"BATCH_SIZE = {BATCH_SIZE} does not fit {count} images, {world} processes.")
+    if shape[1] % 2 ** (len(CHANNEL_MULT) - 1):
+        sys.exit(f"CHANNEL_MULT = {CHANNEL_MULT} halves {shape[1]} pixels too often: shorten it.")
+    settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape), "CLASS_NAMES": names}
 
     torch.manual_seed(SEED)
     if ON_GPU:  # TF32: float32 products with fewer digits, several times as fast
         torch.set_float32_matmul_precision("high")
-    betas = cosine_beta_schedule(T) if SCHEDULE == "cosine" else linear_beta_schedule(T)
-    architecture = shape, BASE_CH, CHANNEL_MULT, NUM_BLOCKS, ATTENTION_AT, DROPOUT
-    alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
-    model = ConditionalUNet(*architecture, alphas_cumprod, best_precision(device))
-    model.to(device, memory_format=best_layout(device))
-    # DistributedDataParallel: equal weights everywhere, and the mean of all processes' gradients
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    guidance = P_UNCOND, CLASS_NAMES[source]  # NEW in 03
-    ddpm_in_training = GuidedDDPM(parallel, betas, shape, device, *guidance)
+    ddpm = SAMPLER.build({"settings": settings}, device)
+    model, images, labels = ddpm.model, images.to(device), labels.to(device)
+    if world > 1:  # equal weights everywhere, and the mean of all processes' gradients
+        ddpm.model = nn.parallel.DistributedDataParallel(model)
 
     def loss(index):
-        return ddpm_in_training.loss(to_batch(images[index], FLIP), labels[index])
+        return ddpm.loss(to_batch(images[index], FLIP), labels[index])
 
-    trainer = Trainer(model, loss, len(images), settings, rank, world)
-    ddpm = GuidedDDPM(trainer.averaged, betas, shape, device, *guidance)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{len(images):,} images of {source}, {size:,} parameters, on {device}")
-    trainer.resume(out_dir / "checkpoint.pt")
-    check_agreement((source, len(images), trainer.step), world)
+    path = out_dir / "checkpoint.pt"
+    trainer = Trainer(model, loss, count, settings, FIXED, path, rank, world)
+    size = sum(weight.numel() for weight in model.parameters())
+    print(f"{count:,} images of {source}, {size:,} parameters, on {device}")
     if COMPILE:
         model.compile()
-    note = f"{source}, EPOCHS = {EPOCHS}, BASE_CH = {BASE_CH}, T = {T}, SEED = {SEED}"
-    for epoch in trainer.run(out_dir / "checkpoint.pt"):
+    note = f"{source}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
+    for _ in trainer.run():  # pauses every PREVIEW_EVERY minutes
         if rank == 0:
-            save_preview(ddpm, trainer, epoch, PREVIEW_EVERY, GUIDANCE_SCALE, out_dir, note)
-    parallel = ddpm_in_training.model = model  # without DistributedDataParallel, which ends now
-    leave_processes(world)
+            trainer.save()
+            save_class_preview(load(path), trainer, GUIDANCE_SCALE, out_dir, note)
+    wait_for_all(world)
     if rank == 0:
+        ddpm = load(path)  # has the averaged weights; python -i keeps it at hand
         save_class_figures(ddpm, trainer, GUIDANCE_SCALE, out_dir, note)

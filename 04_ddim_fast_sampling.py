@@ -1,28 +1,24 @@
 """04 · DDIM: the same network, twenty times faster, and backwards.
 
     python 04_ddim_fast_sampling.py
-    torchrun --nproc_per_node=4 04_ddim_fast_sampling.py        # on 4 GPUs of one machine
+    torchrun --standalone --nproc_per_node=4 04_ddim_fast_sampling.py     # on 4 GPUs of one machine
 
-DDPM calls the network once for each of its 1000 steps. But the training never asked for 1000 steps:
+DDPM evaluates the network once for each of its 1000 steps. But training never asked for 1000 steps:
 it only fixed how much noise an image has at step t. So DDIM takes long steps, t = 999, 979, 959 ...
-or longer. How much fresh noise it adds on the way can be chosen by η: 1 is as much as DDPM, 0 none.
+or longer. A number η sets how much new noise each step adds: 1 is as much as DDPM, 0 is none.
 With η = 0 only the first noise is random: the same noise always gives the same image, a real image
-can be followed back to its noise, and a blend of two noises gives an image between two images.
-The network, the training and DDPM's sampler are those of 02, to the last character; if 02 has been
-trained with the same settings, 04 goes on from its checkpoint. What is new is marked `NEW in 04`:
-in section 5 the class `DDIM`, in 7 the pictures. (02's essay on the loss is left out.)
+can be traced back to the noise that produces it, and interpolating between two noise samples gives
+images in between.
 
-You see in `outputs/04_ddim_fast_sampling/` what each sampler costs (`speed.png`), what the fast
-ones make of the same noise (`samplers.png`), how well images come back from their noise
-(`inversion.png`), the way from one image to another (`interpolation.png`) through their noises, by
-an arc (slerp) or a line (lerp), and by fading; smooth transitions (`transitions.gif`), and as in 02
-samples, denoising, loss and checkpoint. With `python -i`: `sample_grid(ddim.ddim_sample(n=16,
-ddim_steps=20), "new.png")`, `ddim.sample(n=16)`, `ddim.ddim_invert(to_batch(images[:8]))`.
+Network, training and DDPM's sampler are those of 02, to the last character. If 02 has left a
+checkpoint, 04 uses its network and trains nothing. What is new is marked `NEW in 04`: the class
+`DDIM` in section 5, and the figures.
 
-Measured with these settings on MNIST, two cores of an AMD EPYC (Zen 3), PyTorch 2.14.1: 17 min 13 s
-from start to last picture with 1.3 GB of memory; with 02's network 1 min 31 s, 1.0 GB. 50 steps of
-DDIM are 20 times faster than DDPM's 1000; with η = 1 they are as good, with η = 0 not quite:
-`tests/benchmark.py 04`. Not yet timed on a GPU.
+The script leaves in `outputs/04_ddim_fast_sampling/` a cost table of all samplers (`speed.png`),
+their samples from the same noise (`samplers.png`), reconstructions after inversion
+(`inversion.png`), interpolations between images (`interpolation.png`), a loop of transitions
+(`transitions.gif`), and the other files of 02. With `python -i`, or after `ddim = load(path)`:
+`ddim.ddim_sample(n=16, ddim_steps=20)`, `ddim.sample(n=16)`, `ddim.ddim_invert(x)`.
 
 DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
 Improved DDPM = Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models,
@@ -30,13 +26,13 @@ arXiv:2102.09672
 DDIM = Song, Meng & Ermon 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
 DPM-Solver++ = Lu et al. 2022, DPM-Solver++: Fast Solver for Guided Sampling, arXiv:2211.01095
 
-Code            Paper             Shape          Meaning (what is not here is as in 02)
+Code            Paper             Shape          Meaning (for other symbols see 02)
 x_T             x_T               (B, C, H, W)   the noise at the start, t = T - 1
-ddim_steps      S                                calls of the network for one image
+ddim_steps      S                                network evaluations for one image
 timesteps       τ                 (S + 1,)       the steps that are visited, T - 1 ... -1
-t, t_prev       τ_i, τ_{i−1}                     the step at hand; the next one on the way down
+t, t_prev       τ_i, τ_{i−1}                     the current step; the next, smaller one
 eta             η                                0 ... 1: share of the noise that DDPM would renew
-sigma_t         σ_{τ_i}(η)                       standard deviation of the fresh noise
+sigma_t         σ_{τ_i}(η)                       standard deviation of the new noise
 alpha_bars[t]   ᾱ_t; DDIM's α_t                  as alphas_cumprod[t], and 1 for t = -1
 """
 
@@ -47,101 +43,118 @@ import io
 import math
 import os
 import random
-import signal
 import socket
 import sys
-import tempfile
-from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from time import perf_counter
-from time import time as now
+from time import monotonic as now
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from utils.interpolation import interpolate, loop, transition_gif
 from utils.visualize import (
-    denoising_gif,
-    denoising_strip,
     draw_digits,
     image_table,
-    loss_curve,
     reconstruction_errors,
     sample_grid,
+    save_results,
     table,
 )
 
-# A checkpoint can be resumed only with the settings that it was made with. To train with others,
-# delete outputs/04_ddim_fast_sampling/checkpoint.pt or set another OUT_DIR. DDIM_STEPS
-# and ETA may change at any time: they have no part in the training.
-ON_GPU = torch.cuda.is_available()  # no setting: an NVIDIA GPU gets the larger values below
-DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", or "DRAWN": digits drawn offline
-T = 1000  # noise steps in training; sampling may take fewer: DDIM_STEPS
+ON_GPU = torch.cuda.is_available()  # selects the larger defaults below
+DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", "DRAWN" (offline), or a folder of images
+IMAGE_SIZE = 32  # for a folder: its images are cropped to squares of so many pixels
+T = 1000  # noise steps, in training and in sampling
 SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear" (DDPM)
 BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; DDPM's code has 128 for CIFAR-10
 CHANNEL_MULT = (1, 2, 4)  # channels of each level in multiples of BASE_CH; 28 → 14 → 7 pixels
 NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
-ATTENTION_AT = (14, 16)  # sides with self-attention: MNIST's 14, CIFAR10's 16; the middle has it
-DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # against learning photographs by heart
+ATTENTION_AT = (14, 16)  # resolutions with self-attention (28 / 2, 32 / 2); the middle has it
+DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # regularisation for photographs
 FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirrored 3 is no digit
 EPOCHS = 30 if ON_GPU else 6  # passes through the data; CIFAR10 needs hundreds (DDPM: 2,000)
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
-LEARNING_RATE = 0.02  # at its highest, for Muon (AdamW gets a fifth); halve it if the loss jumps
+LEARNING_RATE = 0.02  # the highest of the run, for Muon; halve it if the loss jumps up
 EMA_DECAY = 0.9999  # memory of the averaged weights; felt only in runs of over 90,000 steps
-DDIM_STEPS = 50  # NEW in 04: calls of the network for samples and denoising, 1 ... T; try 10
-ETA = 0.0  # NEW in 04: fresh noise in each step; 0: none, 1: as much as a DDPM with these steps
-PREVIEW_EVERY = 2  # epochs from one sample grid to the next
-COMPILE = False  # True: torch.compile, a minute or more of waiting and then faster steps
-SEED = 0  # same seed on the same CPU: same digits
-ROOT = Path(__file__).resolve().parent
-DATA_DIR = ROOT / "data"  # where data sets are looked for and downloaded to
-OUT_DIR = ROOT / "outputs" / "04_ddim_fast_sampling"  # for the pictures and the checkpoint
-OUT_DIR_02 = ROOT / "outputs" / "02_ddpm"  # NEW in 04: its checkpoint will do, if settings agree
+DDIM_STEPS = 50  # NEW in 04: network evaluations for an image, 1 ... T; try 10
+ETA = 0.0  # NEW in 04: new noise in each step; 0: none, 1: as much as a DDPM with these steps
+SAVE_EVERY = 2  # minutes from one checkpoint to the next; an interruption costs no more than these
+PREVIEW_EVERY = 5  # minutes from one grid of samples to the next
+COMPILE = False  # True: use torch.compile; slow to start, then faster
+SEED = 0  # the same seed on the same CPU gives the same digits
+DATA_DIR = "data"  # datasets are looked for and downloaded here
+OUT_DIR = "outputs/04_ddim_fast_sampling"  # results are saved here
+OUT_DIR_02 = "outputs/02_ddpm"  # NEW in 04: a checkpoint here is used instead of training
 
 
 # %% 2. Data
 
 
-def load_images(name, folder):
-    """Return the training images, uint8 (N, C, H, W), labels, int64 (N,), and the data set's name.
+def read_image(file, size):
+    """Return an image file of any kind as uint8 (3, size, size); transparency becomes white."""
+    image = ImageOps.exif_transpose(Image.open(file))  # upright, as the camera was held
+    if image.mode.startswith("I"):  # 16 bits per pixel
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return torch.from_numpy(np.array(ImageOps.fit(image, (size, size)))).permute(2, 0, 1)
 
-    The labels, 0 ... 9, have no part before 03. If MNIST is not in `folder` and cannot be
-    downloaded, drawn digits take its place and a line says why. If any other data set is missing,
-    the program ends.
+
+def load_folder(folder, size):
+    """Return all images below a folder, uint8 (N, 3, size, size), labels (N,) and class names.
+
+    Each subfolder is a class, named after it; the images outside of subfolders are one more.
+    """
+    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
+    files = sorted(f for f in folder.rglob("[!.]*") if f.suffix.lower() in kinds)
+    if not files:
+        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder of images.")
+    names = [f.relative_to(folder).parts[0] if f.parent != folder else folder.name for f in files]
+    class_names, images = sorted(set(names)), []
+    for file in tqdm(files, "Reading images", unit=" images"):
+        try:
+            images.append(read_image(file, size))
+        except Exception as error:
+            sys.exit(f"\n{file} cannot be read as an image ({error}): repair or remove it.")
+    labels = torch.tensor([class_names.index(name) for name in names])
+    return torch.stack(images), labels, class_names
+
+
+def load_dataset(name, folder, size):
+    """Return images, uint8 (N, C, H, W), labels, int64 (N,), class names, and the dataset's name.
+
+    name: a dataset of torchvision, "DRAWN", or a folder of images, which are brought to this size.
+    If MNIST cannot be had, rendered digits take its place. Any other dataset must be there.
     """
     if name == "DRAWN":
         images, labels = draw_digits()
-        return images[:, None], labels, name
-    socket.setdefaulttimeout(20)  # seconds: a dead connection is an error, not an endless wait
+        return images[:, None], labels, [*"0123456789"], name
+    if name not in ("MNIST", "FashionMNIST", "CIFAR10"):
+        path = Path(name).expanduser().resolve()
+        return *load_folder(path, size), f"{path.name}/"
+    socket.setdefaulttimeout(20)  # seconds; otherwise a dead connection would hang for ever
     try:
         data = getattr(torchvision.datasets, name)(folder, train=True, download=True)
-    except Exception as error:  # no network, a full disk, a damaged file: all end the same way
-        reason = f"{name} could be neither read from {folder} nor downloaded ({error})."
-        reason = " ".join(reason.split()) + " If its files are there, delete them: they are damaged"
-        if name != "MNIST":
-            sys.exit(f"{reason}. If not, put them there, or set DATASET = 'DRAWN': it needs none.")
-        print(f"{reason}. Going on with DRAWN digits.")
-        return load_images("DRAWN", folder)
-    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-    grey = images.ndim == 3  # (N, H, W); colour is (N, H, W, 3)
-    return (images[:, None] if grey else images.permute(0, 3, 1, 2)), labels, name
+        images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+    except Exception as error:  # no network or a damaged file
+        print(f"{name} could be neither read from {folder} nor downloaded: {error}")
+        return load_dataset("DRAWN", folder, size) if name == "MNIST" else sys.exit(1)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return images, labels, [c.split(" - ")[0] for c in data.classes], name  # MNIST: "0 - zero"
 
 
 # %% 3. Noise schedule and forward process
 
 
 def linear_beta_schedule(T):
-    """Return β of T steps, float64 (T,): DDPM section 4, from 1e-4 to 0.02 at T = 1000.
-
-    Fewer steps must each add more noise, or the last image would not be noise: hence 1000 / T.
-    With T = 20 or less that reaches 1, which leaves nothing of the image, and is cut off.
-    """
+    """Return β, float64 (T,): DDPM section 4, where T is 1000; 1000 / T, for other T, is ours."""
     return (torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T).clamp(max=0.999)
 
 
@@ -160,14 +173,12 @@ def cosine_beta_schedule(T):
 
 
 def q_sample(x_0, t, noise, alphas_cumprod):
-    """Add the noise of all steps up to t (B,) to images x_0 (B, C, H, W) in one go.
-
-    q is the paper's name for the process that adds noise, p for the one that removes it.
-    """
+    """Add the noise of all steps up to t (B,) to images x_0 (B, C, H, W), in one go."""
     alpha_bar_t = alphas_cumprod[t].view(-1, 1, 1, 1)
-    # DDPM Eq. 2, one step:  x_t = √α_t · x_{t−1} + √β_t · ε.  The sum of independent Gaussians is
-    # one, and their variances add up, here to 1 − ᾱ_t. So all steps up to t together are
-    # DDPM Eq. 4:  x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε
+    # DDPM Eq. 2, one step:  x_t = √α_t · x_{t−1} + √β_t · ε_t.  Two steps from x_0 lead to
+    #   x_2 = √α_2 · (√α_1 · x_0 + √β_1 · ε_1) + √β_2 · ε_2.  Sums of independent Gaussians
+    #   are Gaussian; variances add up: α_2 · (1 − α_1) + (1 − α_2) = 1 − α_1·α_2 = 1 − ᾱ_2,
+    # and so on, step by step, up to DDPM Eq. 4:  x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε
     return alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * noise
 
 
@@ -175,11 +186,7 @@ def q_sample(x_0, t, noise, alphas_cumprod):
 
 
 def timestep_embedding(t, dim):
-    """Turn steps t (B,) into vectors (B, dim), dim even: sines and cosines, fast to slow.
-
-    They tell neighbouring steps apart better than one number could; the position encoding of
-    Vaswani et al. 2017 (arXiv:1706.03762, section 3.5) but for its order; DDPM, appendix B.
-    """
+    """Turn t (B,) into sines and cosines (B, dim), fast to slow: DDPM appendix B."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies  # (B, dim/2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -303,7 +310,7 @@ class UNet(nn.Module):
         # Mixed precision: in here products are computed with 16 bits where the hardware is fast at
         # it; weights, sums over many values and everything outside stay float32.
         mixed = self.precision != torch.float32
-        with torch.autocast(x_t.device.type, self.precision) if mixed else nullcontext():
+        with torch.autocast(x_t.device.type, self.precision, enabled=mixed):
             time = self.time(timestep_embedding(t, self.time[0].in_features))
             time = F.silu(time)  #                                       (B, time_dim)
             h = self.conv_in(x_t)  #                                     (B, base_ch, side, side)
@@ -318,7 +325,9 @@ class UNet(nn.Module):
                 else:
                     h = layer(h)
             h = self.conv_out(F.silu(self.norm_out(h)))  #               (B, channels, side, side)
-        # As in 01: the exact h is v = √ᾱ_t · ε − √(1−ᾱ_t) · x_0; with it this is ε.
+        # Near t = T, ε is almost x_t itself. So we add x_t here, and the network only learns h. The
+        # exact h is v = √ᾱ_t · ε − √(1−ᾱ_t) · x_0 (Salimans & Ho 2022, arXiv:2202.00512), with which
+        # the sum is ε.
         alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         return (1 - alpha_bar_t).sqrt() * x_t + alpha_bar_t.sqrt() * h.float()
 
@@ -349,6 +358,23 @@ class DDPM:
         self.mean_factor_x_0 = mean_factor_x_0.float().to(device)
         self.mean_factor_x_t = mean_factor_x_t.float().to(device)
         self.posterior_std = posterior_variance.sqrt().float().to(device)
+
+    @classmethod
+    def build(cls, state, device):
+        """Return what state["settings"], constants by name, describe, with the weights in state.
+
+        state: the contents of a checkpoint; if it holds no weights, those of the network are new.
+        """
+        settings = state["settings"]
+        betas = SCHEDULES[settings["SCHEDULE"]](settings["T"])
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
+        architecture = [settings[name] for name in NETWORK]
+        model = UNet(*architecture, alphas_cumprod, best_precision(device))
+        if "averaged" in state:
+            model.load_state_dict(state["averaged"])
+            model.eval().requires_grad_(False)
+        model.to(device, memory_format=best_layout(device))
+        return cls(model, betas, settings["IMAGE_SHAPE"], device)
 
     def loss(self, x_0):
         """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1, weighted."""
@@ -538,7 +564,36 @@ class DDIM(DDPM):
         return math.log(self.alpha_bars[t] / (1 - self.alpha_bars[t])) / 2
 
 
-# %% 6. Training
+def update_average(averaged, model, step, ema_decay):
+    """Move averaged weights a little towards those of the model after training step `step`.
+
+    They sample better than the last weights, which still jump about. EMA, exponential moving
+    average:  average ← decay · average + (1 − decay) · weights.  It reaches back over about
+    1 / (1 − decay) steps. 10,000 of them would in a short training run be mostly the random weights
+    of the start, so at first it reaches back over a ninth of the steps so far.
+    """
+    decay = min(ema_decay, (1 + step) / (10 + step))
+    with torch.no_grad():  # foreach: one call for all weights
+        weights = list(model.parameters())
+        torch._foreach_lerp_(list(averaged.parameters()), weights, 1 - decay)
+
+
+SAMPLER = DDIM  # what a checkpoint of this script holds
+SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
+NETWORK = "IMAGE_SHAPE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"
+FIXED = "DATASET", "T", "SCHEDULE", *NETWORK  # must agree with a checkpoint to go on from it
+
+
+def load(path):
+    """Return the sampler in a checkpoint, with the averaged weights: load(path).sample(n=16).
+
+    The checkpoint describes itself: the constants at the top of this file have no influence.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return SAMPLER.build(state, pick_device())
+
+
+# %% 6. Training: nothing about diffusion from here on
 
 
 def best_precision(device):
@@ -549,24 +604,16 @@ def best_precision(device):
     """
     if device.type != "cuda":
         return torch.float32
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
+    modern = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if modern else torch.float16
 
 
 def best_layout(device):
     """Return the order in memory in which convolutions are fast: the channels of a pixel together.
 
-    On two CPU cores a guess takes 15 % less time (02). Apple's GPUs gave wrong results with it.
+    On two CPU cores this makes a network evaluation 15 % faster. Apple's GPUs gave wrong results.
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-def derive_seed(*parts):
-    """Return a seed made of its parts, such as (SEED, "step", 7): the same in every run.
-
-    Different parts give unrelated seeds. SEED + step would not: 0 + 7 and 1 + 6 are the same.
-    """
-    return random.Random(repr(parts)).getrandbits(63)
 
 
 def to_batch(images, flip=False):
@@ -581,11 +628,9 @@ def to_batch(images, flip=False):
 class Muon(torch.optim.Optimizer):
     """Momentum whose update moves a matrix of weights about equally far in all directions.
 
-    It has nothing to do with diffusion, and Adam works too, but is slower: in 01, after 25,000
-    images, the squared error of x̂_0 at t = 300 is 0.064 with Adam (learning rate 0.008, the best
-    of five tried), 0.055 with Muon. weights: parameters of two or more dimensions; lr: about 0.02.
-    Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes no convolutions,
-    and computes in bfloat16, which is slow on many CPUs.)
+    Adam works too, but needs more steps. weights: parameters of two or more dimensions; lr: about
+    0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes no
+    convolutions, and computes in bfloat16, which is slow on many CPUs.)
     """
 
     def __init__(self, weights, lr):
@@ -609,74 +654,102 @@ class Muon(torch.optim.Optimizer):
                 weight.sub_(step_size * u.view_as(weight))
 
 
+def derive_seed(*parts):
+    """Return a seed made of its parts, such as (SEED, "step", 7): the same in every run."""
+    return random.Random(repr(parts)).getrandbits(63)
+
+
 def save_atomically(contents, path):
-    """Save by way of a temporary file: whatever interrupts it leaves the old file whole."""
+    """Save to a temporary file and rename it: an interruption leaves the old file intact."""
     buffer = io.BytesIO()
-    torch.save(contents, buffer)  # not to a file: a full disk would be no OSError, but a crash
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())  # waits until it is on the disk and survives a power cut
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    torch.save(contents, buffer)  # not to a file: a full disk would end Python without a message
+    partial = path.with_name(f"{path.name}.part")
+    with partial.open("wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())  # waits until the disk has it: this survives a power cut
+    os.replace(partial, path)
 
 
 class Trainer:
-    """A training that can stop after any step and go on later as if it had never stopped.
+    """Trains a network; a new Trainer goes on from the last checkpoint, however the old one ended.
 
-    On a CPU that holds to the last bit; a GPU may add numbers in another order every time.
+    On a CPU the result is the same to the last bit; a GPU may add numbers in another order.
 
-    model: a network on its device, with weights in float32. loss: a function from the indices of a
-    batch (B,) to its loss. count: how many images the indices choose from. settings: the constants
-    at the head, by name; a checkpoint must agree with them. rank, world: the number of this
-    process, and how many there are.
+    loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
+    settings: the constants by name, saved with the checkpoint. fixed: names of those that must
+    agree with it to go on. path: the checkpoint. rank, world: number of this process, of all.
     """
 
-    PARTS = "model", "averaged", "muon", "adamw", "scaler"  # have a state_dict each
+    STATES = "model", "averaged", "muon", "adamw", "scaler"  # have a state_dict each
     VALUES = "step", "losses", "extras"
 
-    def __init__(self, model, loss, count, settings, rank=0, world=1):
+    def __init__(self, model, loss, count, settings, fixed, path, rank=0, world=1):
         self.model, self.loss, self.count, self.settings = model, loss, count, settings
-        self.rank, self.world, self.device = rank, world, next(model.parameters()).device
-        if settings["BATCH_SIZE"] > count:
-            sys.exit(f"BATCH_SIZE = {settings['BATCH_SIZE']} is more than the {count:,} images.")
-        self.steps_per_epoch = count // settings["BATCH_SIZE"]  # the rest waits for another epoch
-        self.total_steps = settings["EPOCHS"] * self.steps_per_epoch
-        self.step, self.losses, self.stop_requested = 0, [], False
-        self.extras = {}  # whatever else the checkpoint should keep
-        self.saved_at = None  # when the checkpoint that this training knows of was written
-        # The averaged weights are those that sample. They never see dropout: eval() is for good.
-        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)
-        # Muon for the matrices inside the network; its authors leave the first layer, the last, all
-        # vectors and embeddings (03 has one) to AdamW.
+        self.path, self.rank, self.world = path, rank, world
+        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)  # these weights sample
+        # Muon for the matrices inside the network. Its authors leave the first layer, the last, all
+        # vectors and embeddings to AdamW.
         inner, outer = [], []
         for name, weight in model.named_parameters():
             at_the_ends = any(part in name for part in ("conv_in", "conv_out", "embedding"))
             (outer if at_the_ends or weight.ndim == 1 else inner).append(weight)
         self.muon = Muon(inner, lr=0)  # train_step sets both learning rates
-        # betas: a shorter memory than by default, for short trainings. fused: all weights at once.
-        # No weight decay: these are mostly biases and gains, which have no reason to shrink.
-        options = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": True}
-        self.adamw = torch.optim.AdamW(outer, lr=0, **options)
-        float16 = getattr(model, "precision", None) == torch.float16
+        self.adamw = torch.optim.AdamW(outer, 0, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.device, float16 = outer[0].device, getattr(model, "precision", None) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=float16)
+        self.step, self.losses, self.recent = 0, [], []
+        self.extras = {}  # whatever else the checkpoint should hold
+        self.steps_per_epoch = count // settings["BATCH_SIZE"]  # the rest waits for another epoch
+        self.total_steps = settings["EPOCHS"] * self.steps_per_epoch
+        if path.exists():
+            self.resume(fixed)
 
-    def learning_rate(self):
-        """Rise over the first 5 % of the steps, then fall to zero along a cosine."""
-        rise = (self.step + 1) / (0.05 * self.total_steps)
-        fall = 0.5 + 0.5 * math.cos(math.pi * self.step / self.total_steps)
-        return self.settings["LEARNING_RATE"] * min(rise, fall)
+    def resume(self, fixed):
+        """Go on from the checkpoint; if that is impossible, end the program and leave it alone."""
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            for name in fixed:
+                was, now = state["settings"][name], self.settings[name]
+                if was != now:
+                    raise ValueError(f"{name} was {was!r} and now is {now!r}")
+            for name in self.STATES:
+                if state[name]:  # the scaler's is empty unless the precision is float16
+                    getattr(self, name).load_state_dict(state[name])
+            for name in self.VALUES:
+                setattr(self, name, state[name])
+        except Exception as error:  # other settings, cut short, damaged, another program's file
+            hint = "To start from scratch, delete the file or set another OUT_DIR."
+            sys.exit(f"Cannot go on from {self.path}: {' '.join(str(error).split())[:200]}. {hint}")
+        self.step = self.step * state["settings"]["BATCH_SIZE"] // self.settings["BATCH_SIZE"]
+        print(f"Going on from {self.path}, step {self.step:,} of {self.total_steps:,}.")
+
+    def save(self):
+        """Write the checkpoint, unless the loss or a weight is not finite: then end the program."""
+        self.losses += [loss.item() for loss in self.recent]
+        self.recent.clear()
+        weights = torch.stack([weight.detach().sum() for weight in self.model.parameters()])
+        if not math.isfinite(sum(self.losses) + weights.sum().item()):
+            rate = self.settings["LEARNING_RATE"]
+            sys.exit(
+                f"\nThe loss or a weight became NaN or infinite before step {self.step}. Usually "
+                f"LEARNING_RATE = {rate} is too high: halve it. {self.path} is still intact."
+            )
+        if self.rank == 0:
+            state = {name: getattr(self, name).state_dict() for name in self.STATES}
+            state |= {name: getattr(self, name) for name in self.VALUES}
+            save_atomically({"settings": self.settings, **state}, self.path)
 
     def train_step(self, index):
         """Learn from the images at index (B,); return their loss, a tensor on the device."""
-        # The random numbers of a step (t, noise, dropout, mirroring) come from a seed of its own,
-        # not from what went before: its number is all the random state that a restart needs.
+        # Each step seeds its random numbers (t, noise, dropout, mirroring) with its own number:
+        # that is all the random state that going on needs.
         torch.manual_seed(derive_seed(self.settings["SEED"], "step", self.step, self.rank))
-        self.muon.param_groups[0]["lr"] = self.learning_rate()
-        self.adamw.param_groups[0]["lr"] = self.learning_rate() / 5
+        # The learning rate rises for 5 % of the steps and then falls to zero along a cosine.
+        rise = (self.step + 1) / (0.05 * self.total_steps)
+        fall = 0.5 + 0.5 * math.cos(math.pi * self.step / self.total_steps)
+        rate = self.settings["LEARNING_RATE"] * min(rise, fall)
+        self.muon.param_groups[0]["lr"], self.adamw.param_groups[0]["lr"] = rate, rate / 5
         loss = self.loss(index)
         self.model.zero_grad()
         self.scaler.scale(loss).backward()  # the scaler does nothing unless it is float16
@@ -691,465 +764,298 @@ class Trainer:
                 self.scaler.step(optimizer)
         self.scaler.update()
         self.step += 1
-        # EMA, exponential moving average:  average ← decay · average + (1 − decay) · weights.
-        # It reaches back over about 1 / (1 − decay) steps. 10,000 of them would in a short training
-        # be mostly the random weights of the start, so at first it reaches over the last ninth of
-        # the steps so far, until EMA_DECAY reaches less far.
-        decay = min(self.settings["EMA_DECAY"], (1 + self.step) / (10 + self.step))
-        with torch.no_grad():  # foreach: one call for all weights
-            averages, weights = list(self.averaged.parameters()), list(self.model.parameters())
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+        update_average(self.averaged, self.model, self.step, self.settings["EMA_DECAY"])
         return loss.detach()
 
-    def train_epoch(self):
-        """Train to the end of the epoch, or until a stop is requested."""
-        epoch, first = divmod(self.step, self.steps_per_epoch)
-        batch_size, epochs = self.settings["BATCH_SIZE"], self.settings["EPOCHS"]
-        seed = derive_seed(self.settings["SEED"], "order", epoch)
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))
-        batches = order[: self.steps_per_epoch * batch_size].view(-1, batch_size).to(self.device)
-        losses = []
-        bar = tqdm(
-            desc=f"Epoch {epoch + 1}/{epochs}",
-            total=batches.numel(),
-            initial=first * batch_size,
-            unit=" images",
-            unit_scale=True,
-            disable=self.rank > 0,
-        )
-        with bar:
-            # Each process has shuffled alike, and takes every world-th image of each batch.
-            for index in batches[first:, self.rank :: self.world]:
-                losses.append(self.train_step(index))  # no .item(): it waits for the GPU
-                bar.update(batch_size)
-                last = self.stop_requested or self.step % self.steps_per_epoch == 0
-                if last or len(losses) % 50 == 0:  # last: a checkpoint follows, it must be sound
-                    bar.set_postfix(loss=f"{self.checked_mean(losses[-50:]):.4f}")
-                if last:
-                    break
-        losses = torch.stack(losses)
-        if self.world > 1:  # so far each process knows only the loss of its share
-            dist.all_reduce(losses)
-        self.losses += (losses / self.world).tolist()
+    def run(self):
+        """Train to the end; save a checkpoint every SAVE_EVERY, yield every PREVIEW_EVERY minutes.
 
-    def checked_mean(self, losses):
-        """Return the mean loss as a number; end the program if it or a weight is not finite."""
-        mean = torch.stack(losses).mean()
-        weights = torch.stack([weight.detach().sum() for weight in self.model.parameters()])
-        if not torch.isfinite(mean + weights.sum()):
-            sys.exit(
-                f"The loss or a weight became NaN or infinite before step {self.step}. Usually "
-                f"LEARNING_RATE = {self.settings['LEARNING_RATE']} is too high: halve it and "
-                "start anew. The checkpoint of the last sound epoch was left as it is."
-            )
-        return mean.item()
-
-    def request_stop(self, *_):
-        """Answer Ctrl-C: the first one lets the step under way finish, the second one does not.
-
-        In the middle of a step some weights have changed and others have not.
+        What the caller does when this yields has no influence on the training.
         """
-        if self.stop_requested:
-            sys.exit("Stopped at once. The checkpoint of the last epoch is whole.")
-        self.stop_requested = True
-        print("\nStopping after the step or picture under way; Ctrl-C again stops at once.")
-
-    def run(self, path):
-        """Train to the end or to Ctrl-C; after each epoch save a checkpoint and yield its number.
-
-        Whatever the caller does between two epochs has no influence on the training.
-        """
-        # Several processes would have to agree on the step to stop at; they stop at once, and go on
-        # from the last whole epoch.
-        before = signal.getsignal(signal.SIGINT)
-        if self.world == 1:
-            signal.signal(signal.SIGINT, self.request_stop)
-        try:
-            while self.step < self.total_steps and not self.stop_requested:
-                self.train_epoch()
-                if self.rank == 0:
-                    self.save(path)
-                if not self.stop_requested:
-                    yield self.step // self.steps_per_epoch
-        finally:
-            signal.signal(signal.SIGINT, before)
-        if self.stop_requested or self.step < self.total_steps:
-            sys.exit(
-                f"Stopped at step {self.step} of {self.total_steps}. The same command goes on."
-            )
-
-    def save(self, path):
-        """Write all that the training has changed, and its settings, to path.
-
-        A checkpoint of another run there, perhaps further on, is left as it is, and this run ends.
-        """
-        if path.exists() and path.stat().st_mtime_ns != self.saved_at:
-            sys.exit(f"Another run has written {path} meanwhile. This one stops.")
-        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        state |= {name: getattr(self, name) for name in self.VALUES}
-        save_atomically({"settings": self.settings, **state}, path)
-        self.saved_at = path.stat().st_mtime_ns
-
-    def resume(self, path):
-        """Go on from the checkpoint in path, if there is one.
-
-        A file that cannot be read or has other settings ends the program and is left untouched.
-        """
-        if not path.exists():
-            return
-        self.saved_at = path.stat().st_mtime_ns
-        start_anew = f"To start anew, move or delete {path}, or set OUT_DIR to another folder."
-        try:  # weights_only: a file from somebody else cannot run code
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            saved = dict(state["settings"])
-        except Exception as error:  # cut short, damaged, another program's: all end the same way
-            reason = " ".join(str(error).split())[:100]
-            sys.exit(
-                f"{path} is damaged or is no checkpoint of this script ({reason}). {start_anew}"
-            )
-        different = [
-            f"{name} was {saved.get(name)!r} and now is {value!r}"
-            for name, value in self.settings.items()
-            if saved.get(name) != value
-        ]
-        if different:
-            sys.exit(
-                f"{path} comes from a training with other settings: {', '.join(different)}. To go "
-                f"on with it, set them back. {start_anew}"
-            )
-        try:
-            for name in self.PARTS:
-                if state[name] or name != "scaler":  # empty in a training without float16
-                    getattr(self, name).load_state_dict(state[name])
-            for name in self.VALUES:
-                setattr(self, name, state[name])
-        except Exception as error:
-            reason = " ".join(str(error).split())[:100]
-            sys.exit(f"{path} does not fit the network of this script ({reason}). {start_anew}")
-        print(f"Going on from step {self.step:,} of {self.total_steps:,}.")
+        size, seed, saved, shown = *map(self.settings.get, ("BATCH_SIZE", "SEED")), now(), now()
+        sizes = {"total": self.total_steps * size, "initial": self.step * size}
+        bar = tqdm(desc="Training", unit=" images", disable=self.rank > 0, **sizes)
+        while self.step < self.total_steps:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+            order = torch.randperm(self.count, generator=generator)
+            batches = order[: self.steps_per_epoch * size].view(-1, size).to(self.device)
+            for index in batches[first:, self.rank :: self.world]:  # a share of each batch
+                self.recent.append(self.train_step(index))  # no .item(): it would wait for the GPU
+                bar.update(size)
+                if self.step % 50 == 0:
+                    bar.set_postfix(loss=f"{torch.stack(self.recent[-50:]).mean():.4f}")
+                due = now() - saved > 60 * self.settings["SAVE_EVERY"]
+                if due or self.step == self.total_steps:
+                    self.save()
+                    saved = now()
+                due = now() - shown > 60 * self.settings["PREVIEW_EVERY"]
+                if due and self.step < self.total_steps:
+                    yield
+                    shown = now()
+        bar.close()
 
 
-# %% 7. Run
+# %% 7. Figures
 
 
-def explain(kind, error, traceback):
-    """Say in one line what to do about full memory, a failed file or Ctrl-C; else the traceback."""
-    reason = " ".join(str(error).split())[:200]
-    full = "out of memory", "can't allocate memory", "not enough memory"  # GPU; Linux; Windows
-    if kind is MemoryError or any(words in reason for words in full):
-        reason = f"Not enough memory: reduce BATCH_SIZE or BASE_CH ({reason})."
-    elif issubclass(kind, OSError):
-        reason = f"Reading or writing failed: {reason}. Make room, or set another OUT_DIR."
-    elif kind is KeyboardInterrupt:
-        reason = "Stopped."
-    else:
-        return sys.__excepthook__(kind, error, traceback)
-    print(f"\n{reason} What was saved before is whole.", file=sys.stderr)
+def sample_in_parts(sample, n, size, frames=None):
+    """Return n images of sample(m, frames=...), at most `size` at once; frames: of the first."""
+    parts = [min(size, n - first) for first in range(0, n, size)]
+    return torch.cat([sample(m, frames=None if i else frames) for i, m in enumerate(parts)])
 
 
-def make_folder(path):
-    """Return the folder for the results; end the program now if no file can be made there."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        for leftover in folder.glob(".*.part"):  # of a run that was killed while it saved
-            if now() - leftover.stat().st_mtime > 60:  # not of one that is saving now
-                leftover.unlink(missing_ok=True)
-    except OSError as error:
-        sys.exit(f"OUT_DIR = {str(path)!r} does not work: {error}.")
-    return folder
+def save_fast_preview(ddim, trainer, ddim_steps, eta, folder, note):
+    """NEW in 04. Save 16 samples, made with DDIM: it takes but a moment."""
+    torch.manual_seed(trainer.settings["SEED"])  # the same noise each time: watch it change
+    samples = ddim.ddim_sample(min(16, trainer.settings["BATCH_SIZE"]), ddim_steps, eta)
+    path, title = folder / f"samples_step_{trainer.step:06}.png", f"After {trainer.step:,} steps"
+    sample_grid(samples, path, title, note)
 
 
-def pick_device():
-    """Return the fastest device here: an NVIDIA GPU, else Apple's GPU, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+def generate(ddim, x_T, ddim_steps, size):
+    """NEW in 04. Return the images of noise x_T (B, C, H, W), η = 0, at most `size` at once."""
+    parts = x_T.split(size)
+    return torch.cat([ddim.ddim_sample(x_T=part, ddim_steps=ddim_steps) for part in parts])
 
 
-def join_processes():
-    """Return the number of this process, its rank, and how many processes there are.
-
-    torchrun starts one process per GPU and tells each of them who it is; without it there is one.
-    """
-    names = ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)
-    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in names)
-    if ON_GPU:
-        torch.cuda.set_device(local_rank)  # from here on "cuda" means this process's GPU
-    if world > 1:
-        nccl = ON_GPU and dist.is_nccl_available()  # Windows has none
-        backend, own_gpu = ("nccl", torch.device("cuda", local_rank)) if nccl else ("gloo", None)
-        # Two hours, as the others must wait while the first process downloads or makes samples.
-        dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=own_gpu)
-    if rank > 0:
-        sys.stdout = io.StringIO()  # one process speaks for all
-    return rank, world
-
-
-def leave_processes(world):
-    """End the communication; no process may end its own while another still needs it."""
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def load_images_in_turn(name, folder, rank, world):
-    """As load_images, one process after the other: the first downloads, the others find it."""
-    for turn in range(world):
-        if turn == rank:
-            data = load_images(name, folder)
-        if world > 1:
-            dist.barrier()  # everyone waits here until all have come
-    return data
-
-
-def check_agreement(start, world):
-    """End the program unless start, a tuple of what a process starts with, is the same in all."""
-    everyone = [start] * world
-    if world > 1:
-        dist.all_gather_object(everyone, start)
-    if any(other != start for other in everyone):
-        sys.exit(f"The processes differ: {everyone}. All need the same DATA_DIR and OUT_DIR.")
-
-
-def check_setting(name, value, kind, lowest=None, highest=None):
-    """End the program with one clear line if a setting is of the wrong kind or out of range."""
-    numbers = {int: "a whole number", (int, float): "a number"}
-    wanted = {**numbers, bool: "True or False", (str, Path): "the path of a folder"}[kind]
-    works = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if kind in numbers:
-        works, wanted = works and lowest <= value <= highest, f"{wanted}, {lowest} to {highest}"
-    if not works:
-        sys.exit(f"{name} = {value!r} does not work: it must be {wanted}.")
-
-
-def check_settings(settings, world):
-    """End the program with one clear line if a setting does not work; settings: by name."""
-    for name, allowed in (
-        ("DATASET", ("MNIST", "FashionMNIST", "CIFAR10", "DRAWN")),
-        ("SCHEDULE", ("cosine", "linear")),
-    ):
-        if settings[name] not in allowed:
-            sys.exit(f"{name} = {settings[name]!r} is not {' or '.join(map(repr, allowed))}.")
-    for name, kind, lowest, highest in (
-        ("T", int, 2, 100_000),
-        ("BASE_CH", int, 1, 1024),
-        ("NUM_BLOCKS", int, 1, 16),
-        ("DROPOUT", (int, float), 0, 0.9),
-        ("EPOCHS", int, 1, 100_000),
-        ("BATCH_SIZE", int, 1, 100_000),
-        ("LEARNING_RATE", (int, float), 1e-7, 1),
-        ("EMA_DECAY", (int, float), 0, 0.999999),
-        ("PREVIEW_EVERY", int, 1, 100_000),
-        ("SEED", int, 0, 2**63 - 1),
-    ):
-        check_setting(name, settings[name], kind, lowest, highest)
-    for name in "FLIP", "COMPILE":
-        check_setting(name, settings[name], bool)
-    for name in "DATA_DIR", "OUT_DIR":
-        check_setting(name, settings[name], (str, Path))
-    for name in "CHANNEL_MULT", "ATTENTION_AT":
-        value = settings[name]
-        is_tuple = isinstance(value, tuple) and (value or name == "ATTENTION_AT")
-        if not is_tuple or not all(isinstance(v, int) and v > 0 for v in value):
-            sys.exit(f"{name} = {value!r} does not work: it must look like (1, 2, 4) or (14,).")
-    side = 32 if settings["DATASET"] == "CIFAR10" else 28
-    halvings = len(settings["CHANNEL_MULT"]) - 1
-    if side % 2**halvings:
-        sys.exit(
-            f"CHANNEL_MULT = {settings['CHANNEL_MULT']} does not work: each entry after the first "
-            f"halves the image, and {side} pixels cannot be halved {halvings} times."
-        )
-    if settings["BATCH_SIZE"] % world:
-        sys.exit(f"BATCH_SIZE = {settings['BATCH_SIZE']} cannot be shared by {world} processes.")
-
-
-def adopt_checkpoint(out_dir, out_dir_02, settings, rank, world):
-    """NEW in 04. Where there is no own checkpoint take over 02's, if its settings agree."""
-    own, other = (folder / "checkpoint.pt" for folder in (out_dir, out_dir_02))
-    if rank == 0 and not own.exists() and other.exists():
-        try:
-            state = torch.load(other, map_location="cpu", weights_only=True)
-            agrees = state["settings"] == settings
-        except Exception:  # damaged, or no checkpoint
-            agrees = False
-        if agrees:
-            print(f"Using what 02 has trained with the same settings: {other}")
-            save_atomically(state, own)
-        else:
-            print(f"Training anew: {other} is damaged or has other settings.")
-    if world > 1:
-        dist.barrier()
-
-
-def save_fast_preview(ddim, trainer, epoch, preview_every, ddim_steps, eta, out_dir, note):
-    """NEW in 04. Every few epochs save 16 samples, made with DDIM: it takes but a moment."""
-    if epoch % preview_every == 0 and epoch < trainer.settings["EPOCHS"]:
-        torch.manual_seed(trainer.settings["SEED"])  # the same noise each time: watch it change
-        path, title = out_dir / f"samples_epoch_{epoch:03}.png", f"After epoch {epoch}"
-        sample_grid(ddim.ddim_sample(16, ddim_steps, eta), path, title, note)
-
-
-def compare_samplers(ddim, seed, count=64):
-    """NEW in 04. Time each sampler on the same noise, DDPM first.
-
-    Returns {(name, calls of the network): (seconds, images)}, with `count` images of each.
-    """
-    runs = {("DDPM", ddim.T): partial(ddim.sample, count)}
+def compare_samplers(ddim, seed, size, count):
+    """NEW in 04. Return {(sampler, network evaluations): (seconds, count images)}, DDPM first."""
+    samplers = {("DDPM", ddim.T): ddim.sample}
     for name, sampler, all_steps in (
         ("DDIM, η = 0", ddim.ddim_sample, (10, 15, 20, 50, 100)),
         ("DDIM, η = 1", partial(ddim.ddim_sample, eta=1.0), (10, 15, 20, 50, 100)),
         ("DPM-Solver++(2M)", ddim.dpm_solver_sample, (10, 15, 20)),
     ):
         for steps in [n for n in all_steps if n <= ddim.T] or [1]:
-            runs[name, steps] = partial(sampler, count, steps)
-    ddim.ddim_sample(count, 1).cpu()  # the first call with so many images is slow: it is left out
+            samplers[name, steps] = lambda n, f=sampler, steps=steps, frames=None: f(n, steps)
+    ddim.ddim_sample(min(size, count), 1).cpu()  # the first call is slow and does not count
     results = {}
-    for key, run in runs.items():
+    for key, sampler in samplers.items():
         torch.manual_seed(seed)  # each draws the starting noise first: the same for all
-        start = perf_counter()
-        images = run().cpu()  # .cpu() waits until a GPU is done
-        results[key] = perf_counter() - start, images
+        start = now()
+        images = sample_in_parts(sampler, count, size).cpu()  # .cpu() waits until a GPU is done
+        results[key] = now() - start, images
     return results
 
 
-def save_comparison(ddim, seed, out_dir, note):
-    """NEW in 04. Print and save what each sampler costs, and what the fast ones make of a noise."""
-    results = compare_samplers(ddim, seed)
-    ddpm_seconds, images = results["DDPM", ddim.T]
-    header = ["sampler", "calls of the network", f"seconds for {len(images)} images", "speed-up"]
-    rows = [
-        [name, f"{steps}", f"{seconds:.2f}", f"{ddpm_seconds / seconds:.1f} ×"]
+def save_comparison(ddim, seed, size, folder, note, count=64):
+    """NEW in 04. Print and save what each sampler costs, and its samples from the same noise."""
+    results = compare_samplers(ddim, seed, size, count)
+    slowest, _ = results["DDPM", ddim.T]
+    header = ["sampler", "network evaluations", f"seconds for {count} images", "speed-up"]
+    lines = [
+        [name, f"{steps}", f"{seconds:.2f}", f"{slowest / seconds:.1f} ×"]
         for (name, steps), (seconds, _) in results.items()
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    for row in header, *rows:
-        line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths))
-        print(line.replace("η", "eta").replace("×", "x"))  # which any log file can hold
-    title = f"The same network, other samplers, on {ddim.device}"
-    table(header, rows, out_dir / "speed.png", title, note)
-    faster = [key for key in results if key[0] != "DDPM"]
-    names, counts = dict.fromkeys(name for name, _ in faster), sorted({n for _, n in faster})
-    nothing, shown, row_names = torch.ones_like(images[0]), [], []  # a white square
-    for name in names:
+    title = f"The same network with different samplers, on {ddim.device}"
+    table(header, lines, folder / "speed.png", title, note)
+    names, all_steps = zip(*[key for key in results if key[0] != "DDPM"])
+    columns, rows = sorted(set(all_steps)), {}
+    nothing = 0, torch.ones(count, *ddim.image_shape)  # a white square where there is no sample
+    for name in dict.fromkeys(names):
         for i in range(3):
-            shown += [results[name, n][1][i] if (name, n) in results else nothing for n in counts]
-            row_names.append(f"{name.split('(')[0]}, noise {i + 1}")
-    title = "The same three noises, with each fast sampler"
-    columns = [f"{steps} calls" for steps in counts]
-    image_table(torch.stack(shown), out_dir / "samplers.png", columns, row_names, title, note)
+            row = [results.get((name, steps), nothing)[1][i] for steps in columns]
+            rows[f"{name.split('(')[0]}, noise {i + 1}"] = torch.stack(row)
+    title = "Three noise samples with each fast sampler"
+    image_table(rows, folder / "samplers.png", [f"{n} steps" for n in columns], title, note)
 
 
-def save_inversion(ddim, x_0, out_dir, note):
-    """NEW in 04. Save how well x_0, images of the training, come back out of their noise.
+def save_inversion(ddim, x_0, size, folder, note):
+    """NEW in 04. Save images x_0 next to their reconstructions from inverted noise.
 
     That noise is weaker than Gaussian noise where all images are black: there every noise becomes
     black, and the inversion finds about the weakest of them.
     """
     errors, images = {}, {"image": x_0[:5]}
     for steps in [n for n in (10, 20, 50, 100, 250) if n < ddim.T] or [ddim.T]:
-        x_T = ddim.ddim_invert(x_0, steps)
-        back = ddim.ddim_sample(x_T=x_T, ddim_steps=steps)
+        x_T = torch.cat([ddim.ddim_invert(part, steps) for part in x_0.split(size)])
+        back = generate(ddim, x_T, steps, size)
         errors[steps] = (back - x_0).abs().mean().item()
         images[f"{steps} steps"] = back[:5]
     images["its noise"] = x_T[:5]
     title = "Training images to their noise and back, DDIM with η = 0"
-    reconstruction_errors(errors, images, out_dir / "inversion.png", title, note)
+    reconstruction_errors(errors, images, folder / "inversion.png", title, note)
 
 
-def save_transitions(ddim, x_0, seed, out_dir, note, short_note, points=11):
-    """NEW in 04. Save ways between three pairs of real images, and loops through random noises."""
-    steps, ways = min(100, ddim.T), []
-    x_T = ddim.ddim_invert(x_0[:6], steps)
-    for method in "slerp", "lerp":
-        between = interpolate(x_T[0::2], x_T[1::2], points, method)  # (points, 3, C, H, W)
-        images = ddim.ddim_sample(x_T=between.flatten(0, 1), ddim_steps=steps)
-        ways.append(images.unflatten(0, (points, 3)))
-    ways.append(interpolate(x_0[0:6:2], x_0[1:6:2], points, "lerp"))  # fading, without any model
-    rows = torch.stack(ways).permute(2, 0, 1, 3, 4, 5).flatten(0, 2)  # pair by pair, way by way
+def save_transitions(ddim, x_0, seed, size, folder, note, points=11):
+    """NEW in 04. Save interpolations between three pairs of images x_0, and a looping animation."""
+    steps = min(100, ddim.T)
+    x_T = torch.cat([ddim.ddim_invert(part, steps) for part in x_0[:6].split(size)])
+    rows = {}
+    for name, first in zip("ABC", range(0, len(x_T) - 1, 2)):
+        for method in "slerp", "lerp":
+            noise = interpolate(x_T[first][None], x_T[first + 1][None], points, method)[:, 0]
+            rows[f"{name}: noise, {method}"] = generate(ddim, noise, steps, size)
+        pixels = interpolate(x_0[first][None], x_0[first + 1][None], points, "lerp")[:, 0]
+        rows[f"{name}: pixels, lerp"] = pixels  # without any model
     shares = [f"{100 * i / (points - 1):.0f} %" for i in range(points)]
-    title = "From one training image to another: share of the one on the right"
-    names = ["noise, slerp", "noise, lerp", "pixels, lerp"] * 3
-    image_table(rows, out_dir / "interpolation.png", shares, names, title, note)
+    title = "Interpolating between two training images (weight of the right-hand one)"
+    image_table(rows, folder / "interpolation.png", shares, title, note)
     torch.manual_seed(seed)
     stops = torch.randn(4, 6, *ddim.image_shape, device=ddim.device)  # 4 loops of 6 stops each
-    noises = torch.stack([loop(stops_of_one, 10) for stops_of_one in stops], dim=1)
+    noise = torch.stack([loop(stops_of_one, 10) for stops_of_one in stops], dim=1)
 
-    def generate(x_T):
+    def show(x_T):
         return ddim.ddim_sample(x_T=x_T, ddim_steps=min(50, ddim.T))
 
-    transition_gif(generate, noises, out_dir / "transitions.gif", short_note)
+    transition_gif(show, noise, folder / "transitions.gif", note.split(",")[0], size)
 
 
-def save_figures_of_sampling(ddim, trainer, images, ddim_steps, eta, out_dir, note):
-    """NEW in 04. Sample 36 images and save the figures of a finished training in out_dir.
-
-    images: those of the training, uint8 (N, C, H, W), N at least 6.
-    """
-    seed, frames, x_0 = trainer.settings["SEED"], [], to_batch(images[:16])
-    short_note, title = f"{trainer.settings['DATASET']}, SEED = {seed}", f"DDIM, η = {eta:g}"
+def save_figures_of_sampling(ddim, checkpoint, settings, x_0, folder, note):
+    """NEW in 04. Sample 36 images and save the figures; x_0: training images (B, C, H, W)."""
+    seed, size, frames = settings["SEED"], settings["BATCH_SIZE"], []
+    steps, eta = settings["DDIM_STEPS"], settings["ETA"]
+    losses = torch.load(checkpoint, map_location="cpu", weights_only=True)["losses"]
     torch.manual_seed(seed)
-    samples = ddim.ddim_sample(36, ddim_steps, eta, frames=frames)
-    sample_grid(samples, out_dir / "samples.png", f"{title}, {ddim_steps} steps", note)
+    sampler = partial(ddim.ddim_sample, ddim_steps=steps, eta=eta)
+    samples = sample_in_parts(sampler, 36, size, frames)
+    title = f"DDIM, η = {eta:g}, {steps} steps"
+    save_results(folder, samples, frames, losses, note, title)
     print("Next: all samplers side by side. On a CPU that takes some minutes.")
-    save_comparison(ddim, seed, out_dir, note)
-    save_inversion(ddim, x_0, out_dir, note)
-    save_transitions(ddim, x_0, seed, out_dir, note, short_note)
-    denoising_strip(frames, out_dir / "denoising.png", f"From noise to image, {title}", note)
-    denoising_gif(frames, out_dir / "denoising.gif", note=short_note)
-    loss_curve(trainer.losses, out_dir / "loss.png", note=note)
-    print(f"Saved samples, samplers, inversion, interpolation, transitions and more in {out_dir}")
+    save_comparison(ddim, seed, size, folder, note)
+    save_inversion(ddim, x_0, size, folder, note)
+    save_transitions(ddim, x_0, seed, size, folder, note)
 
 
-FIXED = (  # the settings that a checkpoint must agree with
-    *("DATASET", "T", "SCHEDULE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT"),
-    *("DROPOUT", "FLIP", "EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "EMA_DECAY", "SEED"),
+# %% 8. Run
+
+
+def pick_device():
+    """Return the GPU if there is one, else the CPU."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    return gpu or torch.device("cpu")
+
+
+def join_processes():
+    """Return the number of this process and how many there are: torchrun starts one per GPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if world > gpus > 0:
+        sys.exit(1 if rank else f"{world} processes but {gpus} GPUs: use --nproc_per_node={gpus}.")
+    if world > 1:
+        if gpus:
+            torch.cuda.set_device(rank)  # from here on "cuda" means this process's GPU
+        dist.init_process_group("nccl" if gpus and dist.is_nccl_available() else "gloo")
+    if rank > 0:
+        sys.stdout = io.StringIO()  # one process prints for all
+    return rank, world
+
+
+def wait_for_all(world):
+    """Return when all processes have come here."""
+    if world > 1:
+        dist.barrier()
+
+
+def is_usable(path, source):
+    """NEW in 04. Return whether path is a checkpoint of 02, or of 04, for the dataset source."""
+    if not path.exists():
+        return False
+    try:
+        load(path)
+        trained_on = torch.load(path, map_location="cpu", weights_only=True)["settings"]["DATASET"]
+        assert trained_on == source, f"it was trained on {trained_on}"
+    except Exception as error:
+        print(f"Training from scratch, because {path} does not fit: {str(error)[:200]}.")
+        return False
+    return True
+
+
+def end_with_one_line(kind, error, traceback):
+    """Print one line instead of a traceback if the program was ended by Ctrl-C."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, traceback)
+    print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+
+
+def is_whole(value, lowest=1):
+    return isinstance(value, int) and value >= lowest
+
+
+def is_writable(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
+
+
+CHECKS = (  # constants, the condition that each must meet, and the same in words
+    ("IMAGE_SIZE BASE_CH NUM_BLOCKS EPOCHS BATCH_SIZE", is_whole, "a whole number from 1"),
+    ("T", lambda v: is_whole(v, 2), "a whole number from 2"),
+    ("SEED", lambda v: is_whole(v, 0), "a whole number from 0"),
+    ("DDIM_STEPS", is_whole, "a whole number from 1 to T"),  # NEW in 04
+    ("ETA", lambda v: 0 <= v <= 1, "a number from 0 to 1"),  # NEW in 04
+    ("SCHEDULE", lambda v: v in SCHEDULES, "'linear' or 'cosine'"),
+    ("CHANNEL_MULT ATTENTION_AT", lambda v: all(map(is_whole, v)), "like (1, 2, 4)"),
+    ("DROPOUT EMA_DECAY", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    ("LEARNING_RATE", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+    ("SAVE_EVERY PREVIEW_EVERY", lambda v: v > 0, "a number of minutes above 0"),
+    ("FLIP COMPILE", lambda v: isinstance(v, bool), "True or False"),
+    ("DATASET DATA_DIR OUT_DIR_02", Path, "a name or a path"),
+    ("OUT_DIR", is_writable, "a folder in which files can be made"),
 )
 
-if __name__ == "__main__":
-    sys.excepthook = explain
-    rank, world = join_processes()
-    check_settings(globals(), world)
-    settings = {name: globals()[name] for name in FIXED}  # the constants above, by name
-    check_setting("DDIM_STEPS", DDIM_STEPS, int, 1, T)  # NEW in 04
-    check_setting("ETA", ETA, (int, float), 0, 1)  # NEW in 04
-    check_setting("OUT_DIR_02", OUT_DIR_02, (str, Path))  # NEW in 04
-    device = torch.device("cpu") if world > 1 and not ON_GPU else pick_device()
-    out_dir = make_folder(OUT_DIR)
-    images, _, source = load_images_in_turn(DATASET, DATA_DIR, rank, world)
-    settings["DATASET"] = source  # drawn digits must not go on where MNIST stopped
-    images, shape = images.to(device), images.shape[1:]
 
-    torch.manual_seed(SEED)
+def check_settings(constants):
+    """Return the constants by name as plain Python; end the program if one cannot work."""
+    settings = {}
+    for names, works, allowed in CHECKS:
+        for name in names.split():
+            value = constants[name]
+            try:
+                value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers
+                value = Path(value).expanduser() if "_DIR" in name else value
+                assert works(value)
+            except Exception:  # also what comes of None < 2
+                sys.exit(f"{name} = {value!r} does not work: it must be {allowed}.")
+            settings[name] = value
+    return settings
+
+
+if __name__ == "__main__":
+    sys.excepthook = end_with_one_line
+    settings = check_settings(globals())
+    data_dir, out_dir, out_dir_02 = map(settings.pop, ("DATA_DIR", "OUT_DIR", "OUT_DIR_02"))
+    rank, world = join_processes()
+    device = pick_device()
+    for turn in range(world):
+        if turn == rank:  # the first process downloads, the others find the files
+            images, _, _, source = load_dataset(DATASET, data_dir, IMAGE_SIZE)
+        wait_for_all(world)
+    count, *shape = images.shape
+    if count < BATCH_SIZE or BATCH_SIZE % world:
+        sys.exit(f"BATCH_SIZE = {BATCH_SIZE} does not fit {count} images, {world} processes.")
+    if shape[1] % 2 ** (len(CHANNEL_MULT) - 1):
+        sys.exit(f"CHANNEL_MULT = {CHANNEL_MULT} halves {shape[1]} pixels too often: shorten it.")
+    settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape)}
+
+    images, path = images.to(device), out_dir / "checkpoint.pt"
+    note = f"{source}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
     if ON_GPU:  # TF32: float32 products with fewer digits, several times as fast
         torch.set_float32_matmul_precision("high")
-    betas = cosine_beta_schedule(T) if SCHEDULE == "cosine" else linear_beta_schedule(T)
-    architecture = shape, BASE_CH, CHANNEL_MULT, NUM_BLOCKS, ATTENTION_AT, DROPOUT
-    alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
-    model = UNet(*architecture, alphas_cumprod, best_precision(device))
-    model.to(device, memory_format=best_layout(device))
-    # DistributedDataParallel: equal weights everywhere, and the mean of all processes' gradients
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    ddpm_in_training = DDPM(parallel, betas, shape, device)
 
-    def loss(index):
-        return ddpm_in_training.loss(to_batch(images[index], FLIP))
+    if not path.exists() and is_usable(out_dir_02 / "checkpoint.pt", source):  # NEW in 04
+        path = out_dir_02 / "checkpoint.pt"
+        print(f"Using the network in {path}. To train another one, change OUT_DIR_02.")
+    else:
+        torch.manual_seed(SEED)
+        ddim = SAMPLER.build({"settings": settings}, device)
+        model = ddim.model
+        if world > 1:  # equal weights everywhere, and the mean of all processes' gradients
+            ddim.model = nn.parallel.DistributedDataParallel(model)
 
-    trainer = Trainer(model, loss, len(images), settings, rank, world)
-    ddim = DDIM(trainer.averaged, betas, shape, device)  # NEW in 04
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{len(images):,} images of {source}, {size:,} parameters, on {device}")
-    adopt_checkpoint(out_dir, Path(OUT_DIR_02), settings, rank, world)  # NEW in 04
-    trainer.resume(out_dir / "checkpoint.pt")
-    check_agreement((source, len(images), trainer.step), world)
-    if COMPILE:
-        model.compile()
-    note = f"{source}, EPOCHS = {EPOCHS}, BASE_CH = {BASE_CH}, T = {T}, SEED = {SEED}"
-    for epoch in trainer.run(out_dir / "checkpoint.pt"):
-        if rank == 0:
-            save_fast_preview(ddim, trainer, epoch, PREVIEW_EVERY, DDIM_STEPS, ETA, out_dir, note)
-    parallel = ddpm_in_training.model = model  # without DistributedDataParallel, which ends now
-    leave_processes(world)
+        def loss(index):
+            return ddim.loss(to_batch(images[index], FLIP))
+
+        trainer = Trainer(model, loss, count, settings, FIXED, path, rank, world)
+        size = sum(weight.numel() for weight in model.parameters())
+        print(f"{count:,} images of {source}, {size:,} parameters, on {device}")
+        if COMPILE:
+            model.compile()
+        for _ in trainer.run():  # pauses every PREVIEW_EVERY minutes
+            if rank == 0:
+                trainer.save()
+                save_fast_preview(load(path), trainer, DDIM_STEPS, ETA, out_dir, note)
+        wait_for_all(world)
     if rank == 0:
-        save_figures_of_sampling(ddim, trainer, images, DDIM_STEPS, ETA, out_dir, note)
+        ddim = load(path)  # has the averaged weights; python -i keeps it at hand
+        save_figures_of_sampling(ddim, path, settings, to_batch(images[:16]), out_dir, note)

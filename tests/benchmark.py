@@ -6,7 +6,8 @@ runs each script as it is, unless it has a finished run of it, and prints the ta
 in Markdown. It needs Linux or macOS, MNIST in `data/` or a network to download it, and on two cores
 without a GPU about three hours, most of them for the thousand steps of DDPM. Whatever is ready is
 kept in `outputs/benchmark/`: stopped, it goes on there; with other weights or another script it
-starts anew. A run that was not started from here counts as finished, but its time is not known.
+starts anew. Of a run that was not started from here, or that went on from a checkpoint, the time is
+not known.
 The digits are judged by a classifier, trained on MNIST here within two minutes:
 
 Fréchet distance   between the Gaussians that fit the classifier's 128 features of the samples and
@@ -47,8 +48,8 @@ from utils.visualize import image_table, trade_off  # noqa: E402
 
 OUT_DIR = ROOT / "outputs" / "benchmark"
 SCALES = 0, 1, 2, 3, 5, 7, 10
-COUNT, SEED = 1000, 123  # samples to score, and the seed of their noise
-CPU = torch.device("cpu")
+COUNT = 1000  # samples to score, and real images to compare them with
+SEED = 123  # of the samples' noise, and of the order of the real images
 # Starts a program and says how much memory it took at most. In a small process of its own, for what
 # starts a program counts as the program's memory.
 MEASURE = """
@@ -83,9 +84,17 @@ class Classifier(nn.Module):
 
 
 def read_mnist(train):
-    """Return MNIST's images, float (N, 1, 28, 28) in [-1, 1], and labels (N,)."""
+    """Return MNIST's images, float (N, 1, 28, 28) in [-1, 1], and labels (N,).
+
+    Test images come in a random order, always the same: in the file they are ordered by writer, and
+    the first thousand would be no fair sample of all.
+    """
     data = MNIST(ROOT / "data", train=train, download=True)
-    return data.data[:, None].float() / 127.5 - 1, data.targets
+    images, labels = data.data[:, None].float() / 127.5 - 1, data.targets
+    if not train:
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))
+        images, labels = images[order], labels[order]
+    return images, labels
 
 
 def train_classifier(epochs=4, batch_size=128):
@@ -264,11 +273,14 @@ def run(script):
 def cost_of(script, *networks):
     """Return the columns of the main table that say what a run of the script took."""
     known, parameters = run(script), [sum(w.numel() for w in n.values()) for n in networks]
-    speeds = re.findall(r"100%.* ([\d.]+)(k?) images/s", known.get("output", ""))
-    images = [f"{float(n) * (1000 if k else 1):.0f}" for n, k in speeds[-1:]]
+    output = known.get("output", "")
+    # The last state of the last bar of training: of 05 that is stage 2.
+    speeds = re.findall(r"Training: 100%.* ([\d.]+) images/s", output)
+    images = [f"{float(speed):.0f}" for speed in speeds[-1:]]
     minutes, seconds = divmod(round(known.get("seconds", 0)), 60)
-    wall_time = f"{minutes} min {seconds} s" if known else "not known"
-    if "Using what 02 has trained" in known.get("output", ""):
+    whole = known and "Going on from" not in output
+    wall_time = f"{minutes} min {seconds} s" if whole else "not known"
+    if "Using the network in" in output:
         wall_time, images = f"{wall_time}, with 02's network", ["as 02"]
     return {
         "command": f"`python {script}`",
@@ -279,26 +291,24 @@ def cost_of(script, *networks):
     }
 
 
-def read_checkpoint(script, module, network):
-    """Return a script's network with averaged weights, these weights, a digest, and β."""
+def path_of(script):
+    """Return where the network is that a script samples with: 04 may have taken that of 02."""
+    own, of_02 = folder_of(script) / "checkpoint.pt", folder_of(SCRIPTS["02"]) / "checkpoint.pt"
+    return of_02 if script == SCRIPTS["04"] and not own.exists() else own
+
+
+def read_checkpoint(script, module):
+    """Return a script's sampler, the contents of its checkpoint, and a digest of both."""
     run(script)
-    path = folder_of(script) / "checkpoint.pt"
+    path = path_of(script)
     if not path.exists():
-        sys.exit(f"There is no {path}: delete {path.parent}, and it will be made anew.")
+        sys.exit(f"There is no {path}: delete {folder_of(script)}, and it will be made anew.")
     state = torch.load(path, weights_only=True, map_location="cpu")
-    s = state["settings"]
-    if s["DATASET"] != "MNIST":
-        sys.exit(f"{path} was trained on {s['DATASET']}; the scores are made for MNIST.")
-    schedules = {"cosine": module.cosine_beta_schedule, "linear": module.linear_beta_schedule}
-    betas = schedules[s["SCHEDULE"]](s["T"])
-    names = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"
-    shape = (s["LATENT_CH"], 8, 8) if "LATENT_CH" in s else (1, 28, 28)
-    alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
-    model = network(shape, *[s[name] for name in names], alphas_cumprod)
-    model.load_state_dict(state["averaged"])
-    model = model.eval().to(memory_format=torch.channels_last)
+    trained_on = state["settings"]["DATASET"]
+    if trained_on != "MNIST":
+        sys.exit(f"{path} was trained on {trained_on}; the scores are made for MNIST.")
     digest = digest_of(code_of(script, only_method=True), state["averaged"])
-    return model, state["averaged"], digest, betas
+    return module.load(path), state, digest
 
 
 def draw(name, digest, sample, folder=OUT_DIR, size=250):
@@ -314,7 +324,7 @@ def draw(name, digest, sample, folder=OUT_DIR, size=250):
             return kept["samples"]
     torch.manual_seed(SEED)
     parts = [sample(min(size, COUNT - first), first) for first in range(0, COUNT, size)]
-    samples = torch.cat(parts)
+    samples = torch.cat(parts).cpu()
     save_atomically({"digest": digest, "samples": samples}, path)
     return samples
 
@@ -341,12 +351,12 @@ def benchmark_01(judge):
     script = SCRIPTS["01"]
     module = load(script)
     cost = cost_of(script)
-    weights = torch.load(folder_of(script) / "weights.pt", weights_only=True)
+    path = folder_of(script) / "weights.pt"
+    weights = torch.load(path, weights_only=True, map_location="cpu")
     betas = module.linear_beta_schedule(module.T)
-    alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
-    model = module.SimpleUNet(1, module.BASE_CH, alphas_cumprod)
+    model = module.SimpleUNet(1, module.BASE_CH)
     model.load_state_dict(weights)
-    ddpm = module.DDPM(model, betas, (1, 28, 28), CPU)
+    ddpm = module.SimpleDDPM(model, betas, (1, 28, 28), "cpu")
     digest = digest_of(code_of(script, only_method=True), weights)
     samples = draw(f"01_ddpm_{ddpm.T}", digest, lambda n, _: ddpm.sample(n))
     cost["parameters"] = f"{sum(w.numel() for w in weights.values()):,}"
@@ -358,10 +368,9 @@ def benchmark_02(judge):
     """Score 02 by its own sampler: return its row of the main table, and the samples."""
     script = SCRIPTS["02"]
     module = load(script)
-    model, weights, digest, betas = read_checkpoint(script, module, module.UNet)
-    ddpm = module.DDPM(model, betas, (1, 28, 28), CPU)
+    ddpm, state, digest = read_checkpoint(script, module)
     samples = draw(f"02_ddpm_{ddpm.T}", digest, lambda n, _: ddpm.sample(n))
-    cost = cost_of(script, weights)
+    cost = cost_of(script, state["averaged"])
     row = {**cost, "sampler": f"DDPM, {ddpm.T} steps", **in_words(judge.score(samples))}
     return row, samples
 
@@ -373,16 +382,17 @@ def benchmark_03(judge):
     """
     script = SCRIPTS["03"]
     module, ddim_module = load(script), load(SCRIPTS["04"])
-    model, weights, digest, betas = read_checkpoint(script, module, module.ConditionalUNet)
+    ddpm, state, digest = read_checkpoint(script, module)
     digest_ddim = digest_of(digest, code_of(SCRIPTS["04"], only_method=True))
-    shape, labels = (1, 28, 28), torch.arange(COUNT) % 10
-    ddpm = module.GuidedDDPM(model, betas, shape, CPU, 0.1, module.CLASS_NAMES["MNIST"])
+    labels = torch.arange(COUNT) % 10
+    betas = module.SCHEDULES[state["settings"]["SCHEDULE"]](ddpm.T)
 
     def by_ddim(n, first, scale):
         def guided(x_t, t):
-            return ddpm.guided_noise(x_t, t, labels[first : first + n], scale)
+            return ddpm.guided_noise(x_t, t, labels[first : first + n].to(ddpm.device), scale)
 
-        return ddim_module.DDIM(guided, betas, shape, CPU).ddim_sample(n, 50)
+        ddim = ddim_module.DDIM(guided, betas, ddpm.image_shape, ddpm.device)
+        return ddim.ddim_sample(n, 50)
 
     rows, results = [], {}
     for scale in SCALES:
@@ -402,15 +412,14 @@ def benchmark_03(judge):
     print(f"Saved {trade_off(results, OUT_DIR / 'guidance_trade_off.png', note=note)}")
     sampler = f"DDPM, {ddpm.T} steps, scale {scale}"
     del scores["spread"]
-    return {**cost_of(script, weights), "sampler": sampler, **scores}, samples
+    return {**cost_of(script, state["averaged"]), "sampler": sampler, **scores}, samples
 
 
 def benchmark_04(judge):
     """Score each sampler of 04, print a table; return the row of the main table, and samples."""
     script = SCRIPTS["04"]
     module = load(script)
-    model, weights, digest, betas = read_checkpoint(script, module, module.UNet)
-    ddim = module.DDIM(model, betas, (1, 28, 28), CPU)
+    ddim, state, digest = read_checkpoint(script, module)
     output = run(script).get("output", "")
     rows, default, default_samples = [], None, None
     for name, sampler, all_steps in (
@@ -422,9 +431,9 @@ def benchmark_04(judge):
     ):
         for steps in all_steps:
             file, key = f"04_{name}_{steps}".replace(", η = ", "_eta_"), digest
-            if name == "DDPM":  # network and sampler of 02, to the last character
-                file = f"02_ddpm_{steps}"
-                key = digest_of(code_of(SCRIPTS["02"], only_method=True), weights)
+            if name == "DDPM" and path_of(script) == path_of(SCRIPTS["02"]):
+                file = f"02_ddpm_{steps}"  # network and sampler of 02, to the last character
+                key = digest_of(code_of(SCRIPTS["02"], only_method=True), state["averaged"])
             samples = draw(file, key, lambda n, _, s=steps, sample=sampler: sample(n, s))
             scores = in_words(judge.score(samples))
             if (name, steps) == (f"DDIM, η = {module.ETA:g}", module.DDIM_STEPS):
@@ -440,23 +449,17 @@ def benchmark_04(judge):
             rows.append({**calls, **times, **scores})
     print_table("The samplers of 04", rows)
     sampler = f"DDIM, {module.DDIM_STEPS} steps"
-    return {**cost_of(script, weights), "sampler": sampler, **default}, default_samples
+    cost = cost_of(script, state["averaged"])
+    return {**cost, "sampler": sampler, **default}, default_samples
 
 
 def benchmark_05(judge):
     """Score 05, print its table of costs; return the row of the main table, and the samples."""
     script = SCRIPTS["05"]
     module = load(script)
-    model, weights, digest, betas = read_checkpoint(script, module, module.UNet)
-    vae_weights = torch.load(folder_of(script) / "vae.pt", weights_only=True)["averaged"]
-    vae = module.VAE((1, 28, 28), module.VAE_CH, module.LATENT_CH)
-    vae.load_state_dict(vae_weights)
-    vae = vae.eval().to(memory_format=torch.channels_last)
-    data = MNIST(ROOT / "data", train=True, download=True).data[:, None]
-    _, _, scale = module.encode_all(vae, data)
-    shape = (module.LATENT_CH, 8, 8)
-    ldm = module.LatentDiffusion(model, vae, scale, betas, shape, CPU)
-    digest, steps = digest_of(digest, vae_weights), module.DDIM_STEPS
+    ldm, state, digest = read_checkpoint(script, module)
+    vae_weights, steps = state["extras"]["vae"], module.DDIM_STEPS
+    digest = digest_of(digest, vae_weights)
     samples = draw(f"05_ddim_{steps}", digest, lambda n, _: ldm.sample(n, steps))
     lines = [re.split(r"  +", line.strip()) for line in run(script).get("output", "").splitlines()]
     rows = [
@@ -467,7 +470,7 @@ def benchmark_05(judge):
     if rows:
         rows = [{**row, "ratio": row["ratio"].replace("x", "×")} for row in rows]
         print_table("05: the same U-Net on pixels and on latents", rows)
-    cost = cost_of(script, vae_weights, weights)
+    cost = cost_of(script, vae_weights, state["averaged"])
     return {**cost, "sampler": f"DDIM, {steps} steps", **in_words(judge.score(samples))}, samples
 
 
@@ -481,10 +484,11 @@ BENCHMARKS = {
 
 
 def processor():
-    """Return the name of the processor and how many of its cores PyTorch uses."""
+    """Return the name of the processor, how many of its cores PyTorch uses, and the GPU if any."""
     info = Path("/proc/cpuinfo")
     names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
-    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} cores"
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} cores{gpu}"
 
 
 if __name__ == "__main__":
@@ -507,7 +511,7 @@ if __name__ == "__main__":
         f"torch.manual_seed({SEED}), 250 at a time. The classifier reads "
         f"{100 * judge.accuracy:.2f} % of MNIST's test images correctly."
     )
-    shown, names = torch.cat([some[:14] for some in samples]), [SCRIPTS[n] for n in numbers]
+    shown = {SCRIPTS[number]: some[:14] for number, some in zip(numbers, samples)}
     note = f"MNIST, the first 14 of the {COUNT:,} samples that are scored, seed {SEED}"
     picture = OUT_DIR / "all_scripts.png"
-    print(f"Saved {image_table(shown, picture, [''] * 14, names, 'What each script makes', note)}")
+    print(f"Saved {image_table(shown, picture, (), 'What each script makes', note)}")

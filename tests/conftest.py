@@ -48,6 +48,17 @@ def wait_for(process, text):
     return seen
 
 
+@contextlib.contextmanager
+def inside(folder):
+    """Make folder the current one for a while: contextlib.chdir, which Python 3.10 lacks."""
+    back = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(back)
+
+
 class Project:
     """A copy of the scripts in a folder of its own, to edit and run."""
 
@@ -93,7 +104,8 @@ class Project:
         """
         path, out, err = str(self.folder / script), io.StringIO(), io.StringIO()
         returncode = 0
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        with inside(self.folder), streams[0], streams[1]:
             for function in before:
                 function()
             try:

@@ -1,5 +1,7 @@
 """The scores of tests/benchmark.py, where the answer is known."""
 
+from types import SimpleNamespace
+
 import benchmark
 import pytest
 import torch
@@ -30,6 +32,37 @@ def test_spread_within_classes():
     spread = benchmark.spread_within_classes(features, labels)
     wide = benchmark.spread_within_classes(2 * features, labels)
     assert wide == pytest.approx(2 * spread) and 1 < spread < 4
+
+
+def test_real_images_are_in_a_random_order_and_with_their_own_labels(monkeypatch):
+    """MNIST's test images are ordered by writer: neighbours are alike."""
+    data, asked = torch.arange(200, dtype=torch.uint8)[:, None, None].expand(-1, 28, 28), []
+
+    def mnist(folder, train, download):
+        asked.append(train)
+        return SimpleNamespace(data=data, targets=torch.arange(200))
+
+    monkeypatch.setattr(benchmark, "MNIST", mnist)
+    images, labels = benchmark.read_mnist(train=False)
+    assert images.shape == (200, 1, 28, 28) and images.min() == -1
+    assert torch.equal(((images[:, 0, 0, 0] + 1) * 127.5).round(), labels.float())
+    assert torch.equal(labels.sort().values, torch.arange(200))
+    assert 70 < labels[:100].double().mean() < 130, "the first half comes from all of them"
+    torch.manual_seed(1)
+    assert torch.equal(labels, benchmark.read_mnist(train=False)[1]), "always the same order"
+    assert torch.equal(benchmark.read_mnist(train=True)[1], torch.arange(200))
+    assert asked == [False, False, True]
+
+
+def test_04_is_scored_with_the_network_that_it_sampled_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    of_02 = tmp_path / "outputs" / "02_ddpm" / "checkpoint.pt"
+    own = tmp_path / "outputs" / "04_ddim_fast_sampling" / "checkpoint.pt"
+    assert benchmark.path_of("04_ddim_fast_sampling.py") == of_02
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert benchmark.path_of("04_ddim_fast_sampling.py") == own
+    assert benchmark.path_of("02_ddpm.py") == of_02
 
 
 def test_samples_come_in_parts_and_are_kept_while_the_weights_are_the_same(tmp_path):
@@ -77,8 +110,12 @@ def test_a_run_is_measured_once_and_again_when_the_script_changes(tmp_path, monk
         "folder.mkdir(parents=True, exist_ok=True)\n"
         "(folder / 'samples.png').touch()\n"
         "memory = bytearray(200_000_000)\n"
-        "print('Epoch 1/2: 100%|##| 60k/60k [01:00<00:00, 2.50k images/s]')\n"
-        "print('Epoch 2/2: 100%|##| 60k/60k [01:00<00:00, 987 images/s]')\n"
+        "for n in 50, 100:\n"
+        "    print(f'Training: {n:3}%|##| {n}/100 [0:01<0:00, {n}.50 images/s]', end='\\r')\n"
+        "print()\n"
+        "print('Training:   9%|##| 9/100 [0:01<0:01, 9.00 images/s, loss=0.1]', end='\\r')\n"
+        "print('Training: 100%|##| 100/100 [0:01<0:00, 987.32 images/s, loss=0.1]')\n"
+        "print('Sampling: 100%|##| 20/20 [0:01<0:00, 11.00 steps/s]')\n"
     )
     (tmp_path / "02_x.py").write_text(text)
     weights = {"a": torch.zeros(1000, 2), "b": torch.zeros(34)}
@@ -90,6 +127,9 @@ def test_a_run_is_measured_once_and_again_when_the_script_changes(tmp_path, monk
     assert benchmark.cost_of("02_x.py", weights) == cost and not log.exists(), "not run again"
     (tmp_path / "02_x.py").write_text(text.replace("987", "988"))
     assert benchmark.cost_of("02_x.py", weights)["images/s in training"] == "988"
+    # Only the rest of a training that had been stopped is no measure of the whole.
+    (tmp_path / "02_x.py").write_text(f"{text}print('Going on from a checkpoint, step 7 of 9.')\n")
+    assert benchmark.cost_of("02_x.py", weights)["wall time"] == "not known"
     # A run that was not started from here: its outputs count, its time is not known.
     (tmp_path / "outputs" / "benchmark" / "run_02.json").unlink()
     assert benchmark.cost_of("02_x.py", weights)["wall time"] == "not known"

@@ -25,8 +25,15 @@ class Fixed(nn.Module):
         return self.function(x_t, t)
 
 
-def make(function, T=1000, image_shape=(1, 2, 2), schedule="linear"):
-    return toy.DDPM(Fixed(function), SCHEDULES[schedule](T), image_shape, CPU)
+def make_toy(function, T=1000, image_shape=(1, 2, 2)):
+    return toy.SimpleDDPM(Fixed(function), toy.linear_beta_schedule(T), image_shape, CPU)
+
+
+def make_full(function, T=1000, image_shape=(1, 2, 2), schedule="linear"):
+    return full.DDPM(Fixed(function), SCHEDULES[schedule](T), image_shape, CPU)
+
+
+both = pytest.mark.parametrize("make", [make_toy, make_full], ids=["01", "02"])
 
 
 def gaussian_oracle(alphas_cumprod, mean, covariance):
@@ -55,7 +62,9 @@ def test_linear_schedule_is_the_papers_and_that_of_diffusers():
     assert betas[-1].item() == pytest.approx(0.02)
     theirs = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     assert (betas.float() - theirs.betas).abs().max() < 1e-8
-    ddpm = make(None)
+    ddpm = make_toy(None)
+    assert (ddpm.betas - theirs.betas).abs().max() < 1e-8
+    assert (ddpm.alphas - theirs.alphas).abs().max() < 1e-6
     assert (ddpm.alphas_cumprod - theirs.alphas_cumprod).abs().max() < 1e-6
 
 
@@ -71,16 +80,33 @@ def test_cosine_schedule_is_the_papers_and_that_of_diffusers(T):
     assert betas[-1] == 0.999
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("T", [2, 5, 10, 20, 50, 100, 400, 1000, 4000])
-def test_every_chain_length_ends_in_noise(T, schedule):
+lengths = pytest.mark.parametrize("T", [2, 5, 10, 20, 50, 100, 400, 1000, 4000])
+
+
+def check_ends_in_noise(alphas_cumprod, T):
     """√ᾱ_T is 0.006 in the paper. An unscaled schedule would leave 0.78 at T = 50."""
-    ddpm = make(None, T, schedule=schedule)
-    assert ddpm.alphas_cumprod.shape == (T,)
-    assert (ddpm.alphas_cumprod.diff() < 0).all()
-    assert ddpm.alphas_cumprod[-1].sqrt() < 0.05
+    assert alphas_cumprod.shape == (T,)
+    assert (alphas_cumprod.diff() < 0).all()
+    assert 0 < alphas_cumprod[-1].sqrt() < 0.05
+
+
+@lengths
+def test_every_chain_length_of_01_ends_in_noise(T):
+    ddpm = make_toy(None, T)
+    assert ddpm.T == T
+    check_ends_in_noise(ddpm.alphas_cumprod, T)
+    for table in (ddpm.betas, ddpm.alphas):
+        assert table.shape == (T,) and (table > 0).all() and (table < 1).all()
+    assert torch.allclose(ddpm.alphas + ddpm.betas, torch.ones(T))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@lengths
+def test_every_chain_length_of_02_ends_in_noise(T, schedule):
+    ddpm = make_full(None, T, schedule=schedule)
+    check_ends_in_noise(ddpm.alphas_cumprod, T)
     for table in (ddpm.posterior_std, ddpm.mean_factor_x_0, ddpm.mean_factor_x_t):
-        assert torch.isfinite(table).all()
+        assert table.shape == (T,) and torch.isfinite(table).all()
 
 
 # %% Forward process
@@ -88,7 +114,7 @@ def test_every_chain_length_ends_in_noise(T, schedule):
 
 def test_q_sample_in_one_jump_equals_many_single_steps():
     """Mean and variance of q(x_t | x_0), Eq. 4, from iterating q(x_t | x_{t-1}), Eq. 2."""
-    table = make(None).alphas_cumprod
+    table = make_toy(None).alphas_cumprod
     betas = toy.linear_beta_schedule(1000)
     factor, variance = 1.0, 0.0
     for t in range(1000):
@@ -104,7 +130,7 @@ def test_q_sample_in_one_jump_equals_many_single_steps():
 
 
 def test_q_sample_takes_a_timestep_for_each_image():
-    table = make(None).alphas_cumprod
+    table = make_toy(None).alphas_cumprod
     x_0, noise = torch.randn(3, 1, 2, 2), torch.randn(3, 1, 2, 2)
     t = torch.tensor([0, 500, 999])
     together = toy.q_sample(x_0, t, noise, table)
@@ -116,7 +142,8 @@ def test_q_sample_takes_a_timestep_for_each_image():
 # %% Loss (Algorithm 1)
 
 
-def test_training_draws_every_timestep():
+@both
+def test_training_draws_every_timestep(make):
     seen = []
 
     def record(x_t, t):
@@ -132,7 +159,7 @@ def test_training_draws_every_timestep():
     assert all(len(t.unique()) > 1 for t in seen), "each image has a timestep of its own"
 
 
-def test_loss_is_the_squared_error_of_unit_noise_weighted_by_one_over_root_alpha_bar():
+def loss_and_noise_of_black_images(make):
     """With black images x_t is √(1−ᾱ) ε, so the noise can be read off what the network is given."""
     seen = []
 
@@ -146,11 +173,23 @@ def test_loss_is_the_squared_error_of_unit_noise_weighted_by_one_over_root_alpha
     a = ddpm.alphas_cumprod[t]
     noise = x_t / (1 - a).sqrt().view(-1, 1, 1, 1)
     assert noise.mean().abs() < 0.05 and abs(noise.std() - 1) < 0.05
+    return loss, noise, a
+
+
+def test_loss_of_01_is_the_plain_squared_error_of_unit_noise():
+    """Eq. 14, with no weight."""
+    loss, noise, _ = loss_and_noise_of_black_images(make_toy)
+    assert loss == pytest.approx(noise.square().mean().item(), rel=1e-4)
+
+
+def test_loss_of_02_is_the_squared_error_weighted_by_one_over_root_alpha_bar():
+    loss, noise, a = loss_and_noise_of_black_images(make_full)
     expected = (noise.square().mean(dim=(1, 2, 3)) * a**-0.5).mean().item()
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
-def test_loss_is_zero_for_the_true_noise():
+@both
+def test_loss_is_zero_for_the_true_noise(make):
     x_0 = torch.rand(8, 1, 2, 2) * 2 - 1
 
     def true_noise(x_t, t):
@@ -161,13 +200,74 @@ def test_loss_is_zero_for_the_true_noise():
     assert ddpm.loss(x_0).item() < 1e-6
 
 
-# %% One reverse step (Algorithm 2)
+# %% One reverse step of 01: Algorithm 2 as printed, σ² = β, nothing clamped
+
+
+@pytest.mark.parametrize("t", [0, 1, 10, 500, 998, 999])
+def test_reverse_step_of_01_equals_that_of_diffusers(t):
+    """Their "fixed_large" is σ² = β at every t > 0; neither adds noise at t = 0.
+
+    diffusers has no exception here: not even at its t = 1, the last step with noise. (The one that
+    OpenAI's code makes, β̃ of the second step in place of the first β, is for likelihoods only.)
+    """
+    x_t, noise_pred = torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2)
+    theirs = DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        variance_type="fixed_large",
+        clip_sample=False,
+    )
+    torch.manual_seed(1)
+    expected = theirs.step(noise_pred, t, x_t)
+    torch.manual_seed(1)
+    x_prev, x_0_pred = make_toy(lambda x, t: noise_pred).p_sample(x_t, t)
+    # They take β from a quotient of two ᾱ in float32, which costs digits where β is small.
+    assert (x_prev - expected.prev_sample).abs().max() < (5e-4 if t < 100 else 5e-6)
+    for_pictures = expected.pred_original_sample.clamp(-1, 1)
+    assert (x_0_pred - for_pictures).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("size", [0.1, 30])
+@pytest.mark.parametrize("t", [0, 1, 2, 300, 998, 999])
+def test_reverse_step_of_01_is_line_4_of_algorithm_2(t, size):
+    """Line 4 in plain numbers, for a good prediction and for a wild one: 01 clamps neither."""
+    betas = [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)]
+    alpha_bar = math.prod(1 - beta for beta in betas[: t + 1])
+    x_t, noise_pred = torch.randn(1, 1, 2, 2), size * torch.randn(1, 1, 2, 2)
+    torch.manual_seed(3)
+    x_prev, x_0_pred = make_toy(lambda x, t: noise_pred).p_sample(x_t, t)
+    torch.manual_seed(3)
+    z = torch.randn(1, 1, 2, 2) if t > 0 else torch.zeros(1, 1, 2, 2)
+    for x, e, noise, ours in zip(*(a.flatten().tolist() for a in (x_t, noise_pred, z, x_prev))):
+        mean = (x - betas[t] / math.sqrt(1 - alpha_bar) * e) / math.sqrt(1 - betas[t])
+        assert ours == pytest.approx(mean + math.sqrt(betas[t]) * noise, abs=1e-5 * max(1, size))
+    assert x_0_pred.abs().max() <= 1
+
+
+def test_01_adds_no_noise_in_the_last_step_and_noise_of_variance_beta_in_all_others():
+    ddpm = make_toy(lambda x, t: 0.1 * x)
+    x_t = torch.rand(10_000, 1, 2, 2) - 0.5
+    for t in (0, 1, 2, 500, 999):
+        first, x_0_pred = ddpm.p_sample(x_t, t)
+        second, _ = ddpm.p_sample(x_t, t)
+        if t == 0:
+            assert torch.equal(first, second)
+            assert torch.allclose(first, x_0_pred, atol=1e-5), "the last step ends on x̂_0 itself"
+        else:
+            beta = toy.linear_beta_schedule(1000)[t].item()
+            # 40,000 differences of two noises: their variance is 2 β, give or take 0.7 %.
+            assert (first - second).var().item() == pytest.approx(2 * beta, rel=0.03)
+
+
+# %% One reverse step of 02: Eq. 7 with the clamped x̂_0, σ² = β̃
 
 
 @pytest.mark.parametrize("t", [1, 2, 50, 500, 998, 999])
 def test_posterior_from_bayes_rule(t):
     """q(x_{t-1} | x_t, x_0) as the product of two Gaussians, without Eq. 7, on a fine grid."""
-    ddpm = make(None)
+    ddpm = make_full(None)
     betas = toy.linear_beta_schedule(1000)
     a, a_prev = torch.cumprod(1 - betas, 0)[[t, t - 1]]
     x_0 = 0.4
@@ -187,7 +287,7 @@ def test_posterior_from_bayes_rule(t):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("t", [0, 1, 10, 500, 998, 999])
-def test_reverse_step_equals_that_of_diffusers(t, schedule):
+def test_reverse_step_of_02_equals_that_of_diffusers(t, schedule):
     x_t = torch.randn(4, 1, 2, 2)
     noise_pred = torch.randn(4, 1, 2, 2)
     name = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule]
@@ -195,7 +295,7 @@ def test_reverse_step_equals_that_of_diffusers(t, schedule):
     torch.manual_seed(1)
     expected = theirs.step(noise_pred, t, x_t)
     torch.manual_seed(1)
-    x_prev, x_0_pred = make(lambda x, t: noise_pred, schedule=schedule).p_sample(x_t, t)
+    x_prev, x_0_pred = make_full(lambda x, t: noise_pred, schedule=schedule).p_sample(x_t, t)
     # diffusers computes its tables in float32, where 1 − ᾱ loses digits at small t.
     tolerance = 2e-4 if t < 10 else 2e-5
     assert (x_prev - expected.prev_sample).abs().max() < tolerance
@@ -203,9 +303,9 @@ def test_reverse_step_equals_that_of_diffusers(t, schedule):
 
 
 @pytest.mark.parametrize("t", [1, 10, 300])
-def test_unclamped_mean_is_line_4_of_algorithm_2(t):
+def test_unclamped_mean_of_02_is_line_4_of_algorithm_2(t):
     """Where the clamp has nothing to do, Eq. 7 with x̂_0 is the paper's line 4."""
-    ddpm = make(lambda x, t: 0.1 * x)
+    ddpm = make_full(lambda x, t: 0.1 * x)
     x_t = torch.full((1, 1, 2, 2), 0.2)
     torch.manual_seed(3)
     x_prev, x_0_pred = ddpm.p_sample(x_t, t)
@@ -217,8 +317,8 @@ def test_unclamped_mean_is_line_4_of_algorithm_2(t):
     assert (x_prev - (mean + ddpm.posterior_std[t] * z)).abs().max() < 1e-5
 
 
-def test_no_noise_in_the_last_step_and_noise_in_all_others():
-    ddpm = make(lambda x, t: torch.zeros_like(x))
+def test_02_adds_no_noise_in_the_last_step_and_noise_in_all_others():
+    ddpm = make_full(lambda x, t: torch.zeros_like(x))
     x_t = torch.rand(2, 1, 2, 2) - 0.5
     for t in (0, 1, 999):
         torch.manual_seed(1)
@@ -230,9 +330,9 @@ def test_no_noise_in_the_last_step_and_noise_in_all_others():
             assert torch.equal(first, x_0_pred), "the last step ends on x̂_0 itself"
 
 
-def test_clamp_is_used_for_the_next_image():
+def test_clamp_of_02_is_used_for_the_next_image():
     """A wild prediction must not reach x_prev: the mean is made of the clamped x̂_0."""
-    ddpm = make(lambda x, t: torch.full_like(x, -1e6))
+    ddpm = make_full(lambda x, t: torch.full_like(x, -1e6))
     x_prev, x_0_pred = ddpm.p_sample(torch.zeros(1, 1, 2, 2), 999)
     assert x_0_pred.abs().max() == 1
     assert x_prev.abs().max() < 6
@@ -241,15 +341,38 @@ def test_clamp_is_used_for_the_next_image():
 # %% The whole sampler
 
 
+def test_oracle_sampling_with_01_reproduces_a_gaussian():
+    """With the exact noise prediction, all 1000 steps give back the data's mean and covariance.
+
+    Nearly: at every t the true variance of the step back lies between β̃ (data in one point) and β
+    (data from N(0, 1)), and 01 takes β. Followed through the chain in plain numbers, variances come
+    out 1.6, 1.5, 1.2 and 0.9 % too large for the four standard deviations below. With β̃ they would
+    be 14, 7, 5 and 4 % too small. The mean is exact. (Below 0.02, less than three of 255 levels of
+    grey, 01 is off the other way: there is no noise in the last step.)
+    """
+    stds = torch.tensor([0.05, 0.1, 0.15, 0.2], dtype=torch.float64)
+    mean = torch.tensor([0.1, -0.2, 0.0, 0.15], dtype=torch.float64)
+    axes = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64)).Q
+    covariance = axes @ torch.diag(stds**2) @ axes.T
+    ddpm = make_toy(None)
+    ddpm.model = Fixed(gaussian_oracle(ddpm.alphas_cumprod, mean, covariance))
+    samples = ddpm.sample(n=40_000).flatten(1).double()
+    assert samples.abs().max() < 1, "the clamp at the end had nothing to do"
+    whitened = (samples - mean) @ axes / stds  # N(0, I) if all is right
+    # Standard errors: 0.005 of a mean or a covariance, 0.007 of a variance.
+    assert whitened.mean(0).abs().max() < 0.02
+    assert (torch.cov(whitened.T) - torch.eye(4)).abs().max() < 0.04
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_oracle_sampling_reproduces_a_gaussian(schedule):
+def test_oracle_sampling_with_02_reproduces_a_gaussian(schedule):
     """With the exact noise prediction, sampling gives back the data's mean and covariance."""
     mean = torch.tensor([0.3, -0.2, 0.0, 0.1], dtype=torch.float64)
     root = 0.2 * torch.tensor(
         [[1, 0, 0, 0], [0.8, 0.5, 0, 0], [0, 0.3, 0.7, 0], [-0.5, 0, 0.2, 0.4]], dtype=torch.float64
     )
     covariance = root @ root.T
-    ddpm = make(None, schedule=schedule)
+    ddpm = make_full(None, schedule=schedule)
     ddpm.model = Fixed(gaussian_oracle(ddpm.alphas_cumprod, mean, covariance))
     samples = ddpm.sample(n=40_000).flatten(1).double()
     # Standard error of the mean is 0.001, of the covariances below 0.0004; T = 1000 adds a bias of
@@ -258,8 +381,36 @@ def test_oracle_sampling_reproduces_a_gaussian(schedule):
     assert (torch.cov(samples.T) - covariance).abs().max() < 0.04 * covariance.max()
 
 
-def test_sample_has_the_promised_shape_range_and_frames():
-    ddpm = make(lambda x, t: 0.5 * x, T=20, image_shape=(3, 4, 4))
+def test_sample_of_01_has_the_promised_shape_and_range():
+    ddpm = make_toy(lambda x, t: -9 * x, T=20, image_shape=(3, 4, 4))
+    samples = ddpm.sample(n=5)
+    assert samples.shape == (5, 3, 4, 4)
+    assert samples.abs().max() == 1, "a bad network leads far out of [-1, 1], and is cut off there"
+    assert ddpm.sample().shape == (16, 3, 4, 4)
+
+
+@pytest.mark.parametrize("T", [3, 20, 51, 150, 1000])
+def test_frames_of_01_show_the_way(T):
+    seen, frames = {}, []
+
+    def record(x_t, t):
+        seen[t[0].item()] = x_t
+        return 0.5 * x_t
+
+    ddpm = make_toy(record, T)
+    ddpm.sample(n=2, frames=frames)
+    assert sorted(seen, reverse=True) == list(seen) == list(range(T))[::-1], "each step once"
+    steps = [t for t, _, _ in frames]
+    assert min(T, 25) <= len(steps) <= 50
+    assert steps == sorted(steps, reverse=True) and steps[-1] == 0
+    assert steps[0] >= 0.9 * (T - 1), "it begins with noise"
+    for t, x_t, x_0_pred in frames:
+        assert torch.equal(x_t, seen[t])
+        assert x_0_pred.shape == x_t.shape and x_0_pred.abs().max() <= 1
+
+
+def test_sample_of_02_has_the_promised_shape_range_and_frames():
+    ddpm = make_full(lambda x, t: 0.5 * x, T=20, image_shape=(3, 4, 4))
     frames = []
     samples = ddpm.sample(n=5, frames=frames)
     assert samples.shape == (5, 3, 4, 4)

@@ -1,5 +1,6 @@
 """05's autoencoder and its diffusion on latents, against closed forms."""
 
+import copy
 import math
 
 import pytest
@@ -226,23 +227,125 @@ def test_frames_are_images():
     assert torch.equal(frames[-1][1], images)
 
 
-# %% Stage 1 and the bill
+# %% Two stages, two files
+
+SETTINGS = {
+    "DATASET": "DRAWN",
+    "IMAGE_SHAPE": (1, 28, 28),
+    "LATENT_SHAPE": (4, 8, 8),
+    "LATENT_CH": 4,
+    "VAE_CH": 8,
+    "VAE_EPOCHS": 1,
+    "KL_WEIGHT": 0.002,
+    "T": 30,
+    "SCHEDULE": "linear",
+    "BASE_CH": 4,
+    "CHANNEL_MULT": (1, 2),
+    "NUM_BLOCKS": 1,
+    "ATTENTION_AT": (8,),
+    "DROPOUT": 0.0,
+    "FLIP": False,
+    "EPOCHS": 1,
+    "BATCH_SIZE": 32,
+    "LEARNING_RATE": 0.02,
+    "EMA_DECAY": 0.999,
+    "SAVE_EVERY": 99,
+    "PREVIEW_EVERY": 99,
+    "SEED": 0,
+}
+
+
+def train_vae(images, path, **changes):
+    torch.manual_seed(0)
+    vae = script.VAE((1, 28, 28), 8, 4)
+    return script.train_vae(vae, images, {**SETTINGS, **changes}, path, 0, 1)
 
 
 def test_the_autoencoder_learns_and_its_digest_tells_weights_apart(tmp_path):
-    images = script.draw_digits(512)[0][:, None]
-    settings = {"DATASET": "DRAWN", "LATENT_CH": 4, "VAE_CH": 8, "VAE_EPOCHS": 5, "FLIP": False}
-    settings |= {"KL_WEIGHT": 0.002, "BATCH_SIZE": 32, "LEARNING_RATE": 0.02}
-    settings |= {"EMA_DECAY": 0.999, "SEED": 0}
-    torch.manual_seed(0)
-    vae = script.VAE((1, 28, 28), 8, 4)
-    before = script.digest_of(vae)
-    trained = script.train_vae(vae, images, settings, tmp_path / "vae.pt", 0, 1)
+    images = script.draw_digits(192)[0][:, None]
+    trained = train_vae(images, tmp_path / "vae.pt", BATCH_SIZE=16, VAE_EPOCHS=3)
     x = script.to_batch(images)
     with torch.no_grad():
         error = (trained.decode(trained.encode(x)[0]) - x).square().mean()
     assert error < 0.6 * (x - x.mean(0)).square().mean(), "far better than the mean image"
-    assert before != script.digest_of(trained) == script.digest_of(trained)
+    digest = script.digest_of(trained)
+    assert digest == script.digest_of(copy.deepcopy(trained))
+    weight = trained.decoder.conv_out.bias
+    weight[0] = torch.nextafter(weight[0], torch.tensor(9.0))
+    assert digest != script.digest_of(trained), "the last bit of one weight counts"
+
+
+@pytest.mark.parametrize(("size", "other"), [(40, 16), (60, 50), (30, 60)])
+def test_a_finished_autoencoder_stays_as_it_is_with_another_batch_size(tmp_path, size, other):
+    """Otherwise the second stage, trained on the latents of the old one, would be lost."""
+    images = script.draw_digits(200)[0][:, None]
+    path = tmp_path / "vae.pt"
+    digest = script.digest_of(train_vae(images, path, BATCH_SIZE=size))
+    changes = {"BATCH_SIZE": other, "LEARNING_RATE": 0.01, "EPOCHS": 7, "SAVE_EVERY": 1}
+    assert digest == script.digest_of(train_vae(images, path, **changes))
+
+
+def test_stage_1_does_not_care_about_settings_of_stage_2_but_about_its_own(tmp_path):
+    images = script.draw_digits(64)[0][:, None]
+    path = tmp_path / "vae.pt"
+    before = script.digest_of(train_vae(images, path))
+    again = train_vae(images, path, BASE_CH=16, T=7, SCHEDULE="cosine", EPOCHS=9)
+    assert script.digest_of(again) == before
+    contents = path.read_bytes()
+    for name in "KL_WEIGHT", "VAE_CH", "LATENT_CH", "DATASET":
+        with pytest.raises(SystemExit, match=f"{name} was .* and now is 'x'"):
+            train_vae(images, path, **{name: "x"})
+    assert path.read_bytes() == contents
+    assert script.digest_of(train_vae(images, path, VAE_EPOCHS=2)) != before, "trained on"
+
+
+def test_a_checkpoint_describes_itself(tmp_path, monkeypatch):
+    """Network, autoencoder, scale and schedule are those in the file, not those of the script."""
+    vae = make_vae()
+    state = {"settings": SETTINGS, "extras": {"vae": vae.state_dict(), "scale": 0.25}}
+    fresh = script.LatentDiffusion.build(state, CPU)
+    assert any(weight.requires_grad for weight in fresh.model.parameters()), "to be trained"
+    assert not any(weight.requires_grad for weight in fresh.vae.parameters()), "trained already"
+    for parameter in fresh.model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    path = tmp_path / "checkpoint.pt"
+    script.save_atomically({**state, "averaged": fresh.model.state_dict()}, path)
+    monkeypatch.setattr(script, "pick_device", lambda: CPU)
+    for name, value in {"BASE_CH": 99, "VAE_CH": 99, "T": 5, "LATENT_CH": 1}.items():
+        monkeypatch.setattr(script, name, value)
+    ldm = script.load(path)
+    assert isinstance(ldm, script.LatentDiffusion)
+    assert ldm.T == 30 and ldm.scale == 0.25 and ldm.latent_shape == (4, 8, 8)
+    linear = torch.cumprod(1 - script.linear_beta_schedule(30), 0).float()
+    assert torch.equal(ldm.alphas_cumprod, linear)
+    for one, other in (ldm.model, fresh.model), (ldm.vae, vae):
+        assert not one.training and not any(w.requires_grad for w in one.parameters())
+        for name, weight in other.state_dict().items():
+            assert torch.equal(one.state_dict()[name], weight), name
+    x = script.to_batch(script.draw_digits(3)[0][:, None])
+    assert torch.allclose(ldm.encode(x), 0.25 * vae.encode(x)[0], atol=1e-5)
+    assert ldm.sample(2, 5).shape == (2, 1, 28, 28)
+
+
+# %% Test images and the bill
+
+
+def test_drawn_test_images_are_others():
+    images = script.draw_digits(100)[0][:, None]
+    kept, test = script.hold_out(images, "DRAWN", "nowhere", 32)
+    assert kept is images and test.shape == (1000, 1, 28, 28) and test.dtype == torch.uint8
+    assert not (test[:, None] == images[None, :50]).flatten(2).all(2).any()
+
+
+@pytest.mark.parametrize("name", ["holiday/", "celeba/", "MNIST/", "DRAWN/"])  # folders
+def test_of_ones_own_images_every_twentieth_is_kept_back(name):
+    for count in 1, 39, 40, 41, 25_000:
+        images = torch.arange(count).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+        kept, test = script.hold_out(images, name, "nowhere", 32)
+        numbers = test[:, 0, 0, 0].tolist()
+        assert numbers == list(range(0, count, 20))[:1000]
+        assert len(kept) == count - math.ceil(count / 20)
+        assert not set(numbers) & set(kept[:, 0, 0, 0].tolist())
 
 
 def test_training_cost_counts_what_is_kept():

@@ -1,4 +1,4 @@
-"""The Trainer of 02: averaging, learning rate, randomness, resuming, and what it refuses."""
+"""The Trainer of 02: averages, learning rate, randomness, saving, going on, what it refuses."""
 
 import math
 import os
@@ -10,34 +10,73 @@ from conftest import load
 script = load("02_ddpm.py")
 CPU = torch.device("cpu")
 SETTINGS = {
-    "EPOCHS": 4,
+    "T": 50,
+    "EPOCHS": 4,  # of 5 steps
     "BATCH_SIZE": 8,
     "LEARNING_RATE": 0.02,
     "EMA_DECAY": 0.9999,
     "SEED": 0,
+    "SAVE_EVERY": 1,
+    "PREVIEW_EVERY": 5,
 }
 
 
-def make_trainer(images=None, precision=torch.float32, dropout=0.1, **settings):
-    torch.manual_seed(0)
-    betas = script.cosine_beta_schedule(50)
-    alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
-    model = script.UNet((1, 8, 8), 8, (1, 2), 1, (4,), dropout, alphas_cumprod, precision)
-    images = (torch.rand(40, 1, 8, 8) * 255).byte() if images is None else images
-    ddpm = script.DDPM(model, betas, images.shape[1:], CPU)
-    settings = {**SETTINGS, **settings}
-    return script.Trainer(
-        model, lambda i: ddpm.loss(script.to_batch(images[i])), len(images), settings
-    )
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless a test moves it on: clock["now"], in seconds."""
+    clock = {"now": 1000.0}
+    monkeypatch.setattr(script, "now", lambda: clock["now"])
+    return clock
+
+
+@pytest.fixture
+def make(tmp_path, clock):
+    """Return a function that makes a Trainer of 40 images; each of its steps takes 25 seconds."""
+
+    def make(images=None, precision=torch.float32, rank=0, world=1, fixed=("T",), **settings):
+        torch.manual_seed(0)
+        betas = script.cosine_beta_schedule(50)
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
+        model = script.UNet((1, 8, 8), 8, (1,), 1, (), 0.1, alphas_cumprod, precision)
+        images = (torch.rand(40, 1, 8, 8) * 255).byte() if images is None else images
+        ddpm = script.DDPM(model, betas, images.shape[1:], CPU)
+
+        def loss(index):
+            clock["now"] += 25
+            return ddpm.loss(script.to_batch(images[index]))
+
+        settings, path = {**SETTINGS, **settings}, tmp_path / "checkpoint.pt"
+        return script.Trainer(model, loss, len(images), settings, fixed, path, rank, world)
+
+    return make
 
 
 def some_loss(trainer):
     return sum(weight.sum() for weight in trainer.model.parameters())
 
 
-def test_average_is_the_mean_of_the_recent_weights():
+def finish(trainer):
+    for _ in trainer.run():
+        torch.randn(3)  # what happens at a preview takes no part
+    return trainer
+
+
+def saved(trainer):
+    return torch.load(trainer.path, weights_only=True)
+
+
+def assert_same_weights(one, other):
+    for name in "model", "averaged":
+        for a, b in zip(getattr(one, name).parameters(), getattr(other, name).parameters()):
+            assert torch.equal(a, b)
+
+
+# %% The average, the learning rate, the optimizers
+
+
+def test_average_is_the_mean_of_the_recent_weights(make):
     """Against the definition: a weighted mean of all weights so far, the weights adding to 1."""
-    trainer = make_trainer(EPOCHS=12)
+    trainer = make(EPOCHS=12)
     weights = [trainer.model.conv_in.weight.detach().clone()]
     for _ in range(50):
         trainer.train_step(torch.randint(40, (8,)))
@@ -54,34 +93,76 @@ def test_average_is_the_mean_of_the_recent_weights():
     assert not torch.allclose(trainer.averaged.conv_in.weight, weights[-1], atol=1e-4)
 
 
-def test_average_reaches_no_further_than_ema_decay_says():
-    trainer = make_trainer(EMA_DECAY=0.5)
-    before = trainer.averaged.conv_in.weight.clone()
-    trainer.step = 1000
-    trainer.total_steps = 2000
-    trainer.train_step(torch.arange(8))
-    expected = (before + trainer.model.conv_in.weight) / 2
-    assert torch.allclose(trainer.averaged.conv_in.weight, expected, atol=1e-7)
+@pytest.mark.parametrize(
+    ("step", "ema_decay", "decay"), [(1, 0.9999, 2 / 11), (80, 0.9999, 0.9), (1000, 0.5, 0.5)]
+)
+def test_average_reaches_back_over_a_ninth_of_the_steps_or_as_ema_decay_says(
+    step, ema_decay, decay
+):
+    averaged, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    before = [w.detach().clone() for w in averaged.parameters()]
+    script.update_average(averaged, model, step, ema_decay)
+    for old, new, average in zip(before, model.parameters(), averaged.parameters()):
+        assert torch.allclose(average, decay * old + (1 - decay) * new, atol=1e-7)
 
 
-def test_learning_rate_rises_then_falls_to_zero():
-    trainer = make_trainer(EPOCHS=200)  # 1000 steps
+def test_learning_rate_rises_then_falls_to_zero(make):
+    trainer = make(EPOCHS=40)  # 200 steps
+    trainer.loss = lambda index: trainer.model.conv_in.bias.sum()
+    trainer.muon.step = lambda: None  # only its rate counts here
     rates = []
     while trainer.step < trainer.total_steps:
-        rates.append(trainer.learning_rate())
-        trainer.step += 1
-    assert rates[0] == pytest.approx(0.02 / 50) and rates[24] == pytest.approx(0.01)
-    assert max(rates) == pytest.approx(0.02, rel=0.01) and 45 <= rates.index(max(rates)) <= 50
-    assert rates[500] == pytest.approx(0.01) and rates[-1] < 1e-6
-    assert sorted(rates[50:], reverse=True) == rates[50:]
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.train_step(torch.arange(8))
+        rates.append(trainer.muon.param_groups[0]["lr"])
+        assert trainer.adamw.param_groups[0]["lr"] == pytest.approx(rates[-1] / 5)
+    assert rates[0] == pytest.approx(0.02 / 10) and rates[4] == pytest.approx(0.01)
+    assert max(rates) == pytest.approx(0.02, rel=0.02) and 8 <= rates.index(max(rates)) <= 10
+    assert rates[100] == pytest.approx(0.01) and 0 < rates[-1] < 5e-6
+    assert sorted(rates[10:], reverse=True) == rates[10:]
 
 
-def test_every_epoch_shows_each_image_once_in_another_order():
+def test_gradients_are_clipped(make):
+    """A loss scaled by 10,000 gives gradients of norm 1, which the averages hold a share of."""
+    trainer = make()
+    good = trainer.loss
+    trainer.loss = lambda index: 1e4 * good(index)
+    trainer.train_step(torch.arange(8))
+    gradients = [s["exp_avg"] / 0.1 for s in trainer.adamw.state.values()]
+    gradients += [s["average"] / 0.05 for s in trainer.muon.state.values()]
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    assert norm == pytest.approx(1.0, rel=1e-3)
+
+
+def test_each_weight_has_one_optimizer(make):
+    """Muon for matrices inside the network, AdamW for vectors and both ends."""
+    trainer = make()
+    muon = trainer.muon.param_groups[0]["params"]
+    adamw = trainer.adamw.param_groups[0]["params"]
+    assert sorted(map(id, [*muon, *adamw])) == sorted(map(id, trainer.model.parameters()))
+    assert all(w.ndim > 1 for w in muon)
+    ends = {trainer.model.conv_in.weight, trainer.model.conv_out.weight}
+    assert {w for w in adamw if w.ndim > 1} == ends
+
+
+def test_float16_leaves_a_step_out_whose_gradients_are_infinite(make):
+    trainer = make(precision=torch.float16)
+    before = [w.detach().clone() for w in trainer.model.parameters()]
+    scale = trainer.scaler.get_scale()
+    trainer.loss = lambda index: 1e36 * some_loss(trainer)
+    trainer.train_step(torch.arange(8))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+    assert trainer.step == 1 and trainer.scaler.get_scale() == scale / 2
+
+
+# %% Order and randomness
+
+
+def test_every_epoch_shows_each_image_once_in_another_order(make):
     seen = []
-    trainer = make_trainer(EPOCHS=3)
-    trainer.loss = lambda index: seen.append(index) or some_loss(trainer)
-    for _ in range(3):
-        trainer.train_epoch()
+    trainer = make(EPOCHS=3)
+    trainer.train_step = lambda index: seen.append(index) or count_only(trainer)
+    finish(trainer)
     epochs = [torch.cat(seen[i : i + 5]) for i in (0, 5, 10)]
     assert len(seen) == 15
     for order in epochs:
@@ -89,23 +170,30 @@ def test_every_epoch_shows_each_image_once_in_another_order():
     assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
 
 
-def test_processes_divide_every_batch_among_them():
-    seen = {}
-    for rank in (0, 1):
-        trainer = make_trainer()
-        trainer.rank, trainer.world = rank, 2
-        trainer.train_step = lambda index, rank=rank: seen.setdefault(rank, []).append(index)
-        with pytest.raises(TypeError):  # the losses, which this train_step does not give
-            trainer.train_epoch()
-    for first, second in zip(seen[0], seen[1]):
+def count_only(trainer):
+    """In the place of a training step."""
+    trainer.step += 1
+    return torch.tensor(0.5)
+
+
+def test_processes_divide_every_batch_among_them(make):
+    seen = {1: [], 0: []}
+    for rank in seen:
+        trainer = make(rank=rank, world=2)
+        trainer.train_step = lambda index, t=trainer: seen[t.rank].append(index) or count_only(t)
+        finish(trainer)
+        assert trainer.path.exists() == (rank == 0), "only the first process saves"
+        assert not trainer.recent and len(trainer.losses) == 20
+    assert len(seen[0]) == len(seen[1]) == 20
+    for first, second in zip(*seen.values()):
         assert len(first) == len(second) == 4
         assert not set(first.tolist()) & set(second.tolist())
 
 
-def test_step_noise_depends_on_step_seed_and_process_only():
+def test_step_noise_depends_on_step_seed_and_process_only(make):
     def noise(step, seed=0, rank=0):
-        trainer = make_trainer(SEED=seed)
-        trainer.step, trainer.rank = step, rank
+        trainer = make(SEED=seed, rank=rank)
+        trainer.step = step
         drawn = []
         trainer.loss = lambda index: drawn.append(torch.randn(4)) or some_loss(trainer)
         torch.randn(step)  # whatever went before
@@ -117,109 +205,166 @@ def test_step_noise_depends_on_step_seed_and_process_only():
     assert len({tuple(d.tolist()) for d in different}) == 4
 
 
+# %% Saving and going on
+
+
+def test_saves_and_previews_come_by_the_clock(make, clock):
+    """SAVE_EVERY and PREVIEW_EVERY are minutes; the end is saved always, and has no preview."""
+    trainer = make(SAVE_EVERY=1, PREVIEW_EVERY=2.5)
+    saves, previews = [], []
+    trainer.save = lambda: saves.append(trainer.step)
+    for _ in trainer.run():
+        previews.append(trainer.step)
+        clock["now"] += 90  # a preview takes its time: the next one comes 2.5 minutes later
+    assert previews == [7, 14]  # 7 · 25 s > 150 s
+    assert saves == [3, 6, 8, 11, 14, 15, 18, 20]
+    trainer = make(SAVE_EVERY=9, PREVIEW_EVERY=500 / 60)  # the last step ends after 500 seconds
+    trainer.save = lambda: saves.append(trainer.step)
+    saves.clear()
+    assert list(trainer.run()) == [] and saves == [20]
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
-def test_it_learns_in_every_precision_and_resumes_exactly(tmp_path, precision):
-    path = tmp_path / "checkpoint.pt"
-    images = (torch.rand(2, 1, 8, 8) > 0.5).byte().repeat(20, 1, 1, 1) * 255
-    one, two = (make_trainer(images, precision, EPOCHS=20) for _ in range(2))
+def test_it_learns_in_every_precision_and_goes_on_exactly(make, capsys, precision):
+    images = torch.full((40, 1, 8, 8), 255, dtype=torch.uint8)  # easy to learn
+    options = {"images": images, "precision": precision, "EPOCHS": 8}
+    one = make(**options)
     assert one.scaler.is_enabled() == (precision == torch.float16)
-    for _ in one.run(path):
-        pass
-    assert sum(one.losses[-10:]) < 0.6 * sum(one.losses[:10])
-    path.unlink()
-    for epoch in two.run(path):
-        if epoch == 3:
-            break
-    resumed = make_trainer(images, precision, EPOCHS=20)
-    resumed.resume(path)
-    assert resumed.step == 15 and len(resumed.losses) == 15
-    for _ in resumed.run(path):
-        torch.randn(3)  # what happens between epochs takes no part
-    assert resumed.losses == one.losses
-    for name in ("model", "averaged"):
-        for a, b in zip(getattr(one, name).parameters(), getattr(resumed, name).parameters()):
-            assert torch.equal(a, b)
+    finish(one)
+    assert len(one.losses) == 40 and sum(one.losses[-10:]) < 0.7 * sum(one.losses[:10])
+    one.path.unlink()
+    two = make(**options, PREVIEW_EVERY=6)
+    next(two.run())
+    assert two.step == 15 and saved(two)["step"] == 15
+    two.train_step(torch.arange(8))  # done, but not saved when the power went
+    assert capsys.readouterr().out == ""
+    three = make(**options)
+    assert capsys.readouterr().out == f"Going on from {three.path}, step 15 of 40.\n"
+    assert three.step == 15 and three.losses == one.losses[:15]
+    finish(three)
+    assert three.losses == one.losses
+    assert_same_weights(one, three)
 
 
-def test_a_checkpoint_that_another_run_has_written_is_not_overwritten(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    one, other = make_trainer(EPOCHS=3), make_trainer(EPOCHS=3)
-    epochs = other.run(path)
-    for _ in one.run(path):
-        pass
-    before = path.read_bytes()
-    with pytest.raises(SystemExit, match=r"Another run has written .*checkpoint\.pt"):
-        next(epochs)
-    assert path.read_bytes() == before
-    resumed = make_trainer(EPOCHS=3)
-    resumed.resume(path)
-    resumed.save(path)  # this one knows it, and may
+def test_interrupted_between_saves_it_repeats_what_is_lost(make):
+    one = finish(make())
+    one.path.unlink()
+    two = make(PREVIEW_EVERY=4)
+    next(two.run())
+    assert two.step == 10 and saved(two)["step"] == 9
+    del two
+    three = make()
+    assert three.step == 9
+    finish(three)
+    assert three.losses == one.losses
+    assert_same_weights(one, three)
 
 
-def test_nothing_to_resume_is_no_error(tmp_path):
-    trainer = make_trainer()
-    trainer.resume(tmp_path / "checkpoint.pt")
-    assert trainer.step == 0
+def test_more_epochs_train_on_and_the_learning_rate_may_change(make):
+    first = finish(make(EPOCHS=2))
+    trainer = make(EPOCHS=3, LEARNING_RATE=0.01, SAVE_EVERY=7, EMA_DECAY=0.5)
+    assert trainer.step == 10 and trainer.total_steps == 15
+    finish(trainer)
+    assert len(trainer.losses) == 15 and trainer.losses[:10] == first.losses
+    assert saved(trainer)["step"] == 15 and saved(trainer)["settings"]["LEARNING_RATE"] == 0.01
+    assert trainer.muon.param_groups[0]["lr"] < 0.001, "of the new run"
+    fewer = make(EPOCHS=1)
+    before = fewer.path.read_bytes()
+    finish(fewer)
+    assert fewer.path.read_bytes() == before, "fewer epochs: nothing left to do"
+
+
+def test_another_batch_size_goes_on_with_the_images_that_are_left(make):
+    two = make(PREVIEW_EVERY=4)
+    next(two.run())  # saved after 9 steps of 8 images, 4 of them in the second epoch
+    trainer, seen = make(BATCH_SIZE=4), []
+    assert trainer.step == 18 and trainer.total_steps == 40
+    good = trainer.train_step
+    trainer.train_step = lambda index: seen.append(index) or good(index)
+    finish(trainer)
+    assert trainer.step == 40 and len(seen) == 22 and len(trainer.losses) == 9 + 22
+    generator = torch.Generator().manual_seed(script.derive_seed(0, "order", 1))
+    order = torch.randperm(40, generator=generator)
+    assert torch.equal(torch.cat(seen[:2]), order[32:])
+    assert sorted(torch.cat(seen[2:12]).tolist()) == list(range(40))
+
+
+def test_extras_are_kept(make):
+    trainer = make()
+    trainer.extras["curve"] = ([1, 2], [0.5, 0.25])
+    trainer.save()
+    assert make().extras == {"curve": ([1, 2], [0.5, 0.25])}
+
+
+def test_other_fixed_settings_are_refused_and_the_file_is_left_alone(make):
+    trainer = make()
+    trainer.save()
+    before = trainer.path.read_bytes()
+    expected = (
+        rf"^Cannot go on from {trainer.path}: T was 50 and now is 60\. To start from scratch, "
+    )
+    with pytest.raises(SystemExit, match=expected + r"delete the file or set another OUT_DIR\.$"):
+        make(T=60)
+    assert make(T=60, fixed=("SEED",)).step == 0, "only what is fixed"
+    assert trainer.path.read_bytes() == before and os.listdir(trainer.path.parent) == [
+        "checkpoint.pt"
+    ]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_program_before_anything_is_saved(tmp_path, bad):
-    trainer = make_trainer()
+def test_a_loss_that_is_no_number_ends_the_program_before_anything_is_saved(make, bad):
+    trainer = make()
     good = trainer.loss
     trainer.loss = lambda index: good(index) * (bad if trainer.step == 7 else 1)
-    path = tmp_path / "checkpoint.pt"
-    epochs = []
-    with pytest.raises(SystemExit, match=r"NaN or infinite before step 10.*LEARNING_RATE = 0\.02"):
-        for epoch in trainer.run(path):
-            epochs.append(epoch)
-    assert epochs == [1]
-    state = torch.load(path, weights_only=True)
-    assert state["step"] == 5 and all(torch.isfinite(w).all() for w in state["model"].values())
+    with pytest.raises(SystemExit, match=r"NaN or infinite before step 9.*LEARNING_RATE = 0\.02"):
+        finish(trainer)
+    state = saved(trainer)
+    assert state["step"] == 6 and all(torch.isfinite(w).all() for w in state["model"].values())
+    assert make().step == 6, "and one can go on from there"
 
 
-def test_weights_that_are_no_numbers_are_noticed_even_if_the_loss_is_finite():
-    trainer = make_trainer()
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_no_numbers_are_noticed_even_if_the_loss_is_finite(make, bad):
+    trainer = make()
+    trainer.recent.append(torch.tensor(1.0))
     with torch.no_grad():
-        trainer.model.conv_in.weight[0, 0, 0, 0] = math.nan
+        trainer.model.conv_in.weight[0, 0, 0, 0] = bad
     with pytest.raises(SystemExit, match="NaN or infinite"):
-        trainer.checked_mean([torch.tensor(1.0)])
+        trainer.save()
+    assert not trainer.path.exists()
 
 
-def test_gradients_are_clipped():
-    """A loss scaled by 10,000 gives gradients of norm 1, which the averages hold a share of."""
-    trainer = make_trainer()
-    good = trainer.loss
-    trainer.loss = lambda index: 1e4 * good(index)
-    trainer.train_step(torch.arange(8))
-    gradients = [s["exp_avg"] / 0.1 for s in trainer.adamw.state.values()]
-    gradients += [s["average"] / 0.05 for s in trainer.muon.state.values()]
-    norm = torch.stack([g.norm() for g in gradients]).norm()
-    assert norm == pytest.approx(1.0, rel=1e-3)
-
-
-def test_each_weight_has_one_optimizer():
-    """Muon for matrices inside the network, AdamW for vectors and both ends."""
-    trainer = make_trainer()
-    muon = trainer.muon.param_groups[0]["params"]
-    adamw = trainer.adamw.param_groups[0]["params"]
-    assert sorted(map(id, [*muon, *adamw])) == sorted(map(id, trainer.model.parameters()))
-    assert all(w.ndim > 1 for w in muon)
-    ends = {trainer.model.conv_in.weight, trainer.model.conv_out.weight}
-    assert {w for w in adamw if w.ndim > 1} == ends
-
-
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, failing):
     path = tmp_path / "checkpoint.pt"
     script.save_atomically({"a": 1}, path)
     before = path.read_bytes()
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
 
-    def full_disk(_):
+    def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(os, "fsync", full_disk)  # when all is written, but not yet on the disk
-    with pytest.raises(OSError, match="no space left"):
-        script.save_atomically({"a": 2}, path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            script.save_atomically({"a": 2}, path)
+    assert path.read_bytes() == before
+    script.save_atomically({"a": 3}, path)  # what the failed one has left does not matter
+    assert torch.load(path, weights_only=True) == {"a": 3}
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_all_is_on_the_disk_before_the_old_file_is_replaced(tmp_path, monkeypatch):
+    path, order, fsync = tmp_path / "checkpoint.pt", [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: order.append("fsync") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda partial, _: order.append(partial.read_bytes()))
+    script.save_atomically({"a": torch.zeros(1000)}, path)
+    assert order[0] == "fsync" and len(order) == 2 and not path.exists()
+    (tmp_path / "whole").write_bytes(order[1])
+    assert torch.equal(torch.load(tmp_path / "whole", weights_only=True)["a"], torch.zeros(1000))
+
+
+# %% What the training and its figures use
 
 
 def test_flip_mirrors_about_half_of_the_images():
@@ -245,3 +390,17 @@ def test_loss_per_timestep_is_the_error_at_each_timestep():
     assert all(e == pytest.approx(1, abs=0.1) for e in errors)
     ddpm.model.forward = lambda x_t, t: x_t / (1 - ddpm.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
     assert max(script.loss_per_timestep(ddpm, torch.zeros(64, 1, 8, 8))[1]) < 1e-6
+
+
+def test_samples_in_parts_are_all_there():
+    calls = []
+
+    def sample(n, frames):
+        calls.append((n, frames))
+        return torch.full((n, 1, 2, 2), float(len(calls)))
+
+    frames = []
+    images = script.sample_in_parts(sample, 7, 3, frames)
+    assert images[:, 0, 0, 0].tolist() == [1, 1, 1, 2, 2, 2, 3]
+    assert [n for n, _ in calls] == [3, 3, 1]
+    assert calls[0][1] is frames and calls[1][1] is calls[2][1] is None

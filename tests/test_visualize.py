@@ -84,7 +84,7 @@ def make_figures(folder, channels=1):
         visualize.denoising_strip(make_frames(channels), folder / "strip.png"),
         visualize.denoising_gif(make_frames(channels), folder / "steps.gif"),
         visualize.loss_curve(np.linspace(1, 0.1, 300), folder / "loss.png"),
-        visualize.image_table(x[:4], folder / "table.png", ["a", "b"], ["one", "two"]),
+        visualize.image_table({"a": x[:2], "b": x[2:4]}, folder / "table.png", ["one", "two"]),
         visualize.timestep_losses(curves, folder / "timesteps.png"),
         visualize.forward_process(x[:2], alphas_cumprod, folder / "forward.png"),
         visualize.schedule_comparison(x[0], folder / "schedules.png"),
@@ -106,10 +106,75 @@ def test_one_image_and_one_loss_are_enough(tmp_path):
     visualize.denoising_gif(make_frames(stages=2, count=1), tmp_path / "steps.gif")
 
 
-def test_a_table_that_is_not_full_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="3 images do not fill 2 rows of 2"):
-        visualize.image_table(torch.zeros(3, 1, 8, 8), tmp_path / "t.png", ["a", "b"], ["c", "d"])
+@pytest.mark.parametrize(
+    ("lengths", "names", "expected"),
+    [((2, 3), (), r"\[2, 3\]"), ((3, 3), ["a", "b"], r"\[2, 3\]"), ((1, 4), ["a"], r"\[1, 4\]")],
+)
+def test_a_table_that_is_not_full_is_refused(tmp_path, lengths, names, expected):
+    rows = {f"row {i}": torch.zeros(count, 1, 8, 8) for i, count in enumerate(lengths)}
+    with pytest.raises(ValueError, match=f"differ in length: {expected}"):
+        visualize.image_table(rows, tmp_path / "t.png", names)
     assert not list(tmp_path.iterdir())
+
+
+def drawn(monkeypatch, draw, *arguments, **options):
+    """The figure that a function would have saved."""
+    figures = []
+    monkeypatch.setattr(visualize, "_save", lambda fig, path: figures.append(fig) or path)
+    draw(*arguments, **options)
+    return figures[0]
+
+
+@pytest.mark.parametrize("columns", [("left", "middle", "right"), ()])
+def test_a_table_of_images_has_its_rows_and_names_in_order(monkeypatch, columns):
+    greys = {"first": (-1.0, 0.0, 1.0), "second": (1.0, -1.0, 0.0)}
+    rows = {k: torch.tensor(v).view(3, 1, 1, 1).expand(3, 1, 4, 4) for k, v in greys.items()}
+    fig = drawn(monkeypatch, visualize.image_table, rows, "t.png", columns, "Title", "a note")
+    (ax,) = fig.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["first", "second"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == list(columns)
+    shown = ax.images[0].get_array()
+    x = (2, 8, 14)  # 4 pixels each, and 2 between them
+    assert [[int(shown[y, i, 0]) for i in x] for y in (2, 8)] == [[0, 128, 255], [255, 0, 128]]
+    assert list(ax.get_yticks()) == [2, 8] and list(ax.get_xticks()) == list(x[: len(columns)])
+    assert fig.get_suptitle() == "Title" and fig.get_supxlabel() == "a note"
+
+
+def test_a_table_is_printed_and_drawn(monkeypatch, capsys):
+    rows = [["DDIM, η = 0", "5", "1.0 ×"], ["DDPM", "1000", "20.5 ×"]]
+    header = ["sampler", "steps", "speed-up"]
+    fig = drawn(monkeypatch, visualize.table, header, rows, "t.png", "Title")
+    assert capsys.readouterr().out.splitlines() == [
+        "    sampler  steps  speed-up",
+        "DDIM, eta = 0      5     1.0 x",
+        "       DDPM   1000    20.5 x",
+    ]
+    (table,) = fig.axes[0].tables
+    cells = {place: cell.get_text().get_text() for place, cell in table.get_celld().items()}
+    texts = [[cells[row, column] for column in range(3)] for row in range(3)]
+    assert texts == [header, *rows]
+
+
+def test_what_every_script_leaves(tmp_path, monkeypatch, capsys):
+    given = {}
+    for name in "sample_grid", "denoising_strip", "denoising_gif", "loss_curve":
+        draw = getattr(visualize, name)
+
+        def keep(shown, path, *arguments, draw=draw, **options):
+            given[path.name] = shown
+            return draw(shown, path, *arguments, **options)
+
+        monkeypatch.setattr(visualize, name, keep)
+    samples, frames, losses = torch.rand(4, 1, 8, 8), make_frames(), [0.5, 0.2, 0.1]
+    folder = tmp_path / "new" / "folder"
+    visualize.save_results(str(folder), samples, frames, losses, "MNIST, SEED = 0", "Title")
+    names = ["denoising.gif", "denoising.png", "loss.png", "samples.png"]
+    assert sorted(os.listdir(folder)) == sorted(given) == names
+    assert given["samples.png"] is samples and given["loss.png"] is losses
+    assert given["denoising.png"] is given["denoising.gif"] is frames
+    assert all(pixels(folder / name).std() > 5 for name in names)
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and all(name in printed for name in [*names, str(folder)])
 
 
 def test_tiles_stand_row_by_row_in_the_right_greys():
@@ -192,7 +257,7 @@ def test_figures_appear_in_a_notebook(tmp_path, monkeypatch):
 
 
 def test_run_as_a_script_without_and_with_mnist(project):
-    done = project.run("utils/visualize.py")
+    done = project.run_here("utils/visualize.py")
     assert done.returncode == 0, done.stderr
     assert "drawn digits" in done.stdout
     folder = project.folder / "outputs" / "visualize"

@@ -44,6 +44,7 @@ __all__ = [
     "loss_curve",
     "reconstruction_errors",
     "sample_grid",
+    "save_results",
     "schedule_comparison",
     "table",
     "timestep_losses",
@@ -224,15 +225,34 @@ def sample_grid(images, path, title="Samples", note="", columns=None):
     return _save(fig, path)
 
 
+def save_results(folder, samples, frames, losses, note="", title="Generated images"):
+    """Save the four pictures that every script leaves in its folder, and print their names.
+
+    samples.png: samples (B, C, H, W) as a grid; denoising.png and denoising.gif: how they emerged,
+    from frames as for `denoising_strip`; loss.png: losses, one number per training step.
+    """
+    folder = Path(folder)
+    sample_grid(samples, folder / "samples.png", title, note)
+    denoising_strip(frames, folder / "denoising.png", note=note)
+    denoising_gif(frames, folder / "denoising.gif", note=note.split(",")[0])
+    loss_curve(losses, folder / "loss.png", note=note)
+    print(f"Saved samples.png, denoising.png, denoising.gif and loss.png in {folder}")
+
+
 @matplotlib.rc_context(STYLE)
-def image_table(images, path, column_names, row_names, title="", note=""):
-    """Save images (rows · columns, C, H, W) in [-1, 1], row by row, with names at both sides."""
-    columns, rows = len(column_names), len(row_names)
-    if len(images) != rows * columns:
-        raise ValueError(f"{len(images)} images do not fill {rows} rows of {columns}")
-    longest = max(map(len, row_names))
-    fig = _figure(0.75 * columns + 0.5 + 0.085 * longest, 0.75 * rows + 1.1, title, note)
-    _show_tiles(fig.subplots(), images, columns, column_names, row_names)
+def image_table(rows, path, column_names=(), title="", note=""):
+    """Save a table of images, with a name at each row and, if given, at each column.
+
+    rows: {name: images (columns, C, H, W) in [-1, 1]}, from top to bottom, all of the same length.
+    Raises ValueError if rows and column names differ in length.
+    """
+    lengths = {len(images) for images in rows.values()} | {len(column_names) or None} - {None}
+    if len(lengths) != 1:
+        raise ValueError(f"rows and column names differ in length: {sorted(lengths)}")
+    columns, longest = lengths.pop(), max(map(len, rows))
+    fig = _figure(0.75 * columns + 0.5 + 0.085 * longest, 0.75 * len(rows) + 1.1, title, note)
+    images = torch.cat([images.cpu() for images in rows.values()])
+    _show_tiles(fig.subplots(), images, columns, column_names, list(rows))
     return _save(fig, path)
 
 
@@ -240,8 +260,8 @@ def image_table(images, path, column_names, row_names, title="", note=""):
 def denoising_strip(frames, path, title="From noise to image", note="", count=3, columns=11):
     """Save the way from noise to image: x_t above, the network's guess of the image, x̂₀, below.
 
-    frames: list of (t, x_t, x_0_pred) in sampling order, images (B, C, H, W) in [-1, 1], the last
-    one with t = -1 for the finished images. Shows the first `count` images at `columns` stages.
+    frames: list of (t, x_t, x_0_pred) in sampling order, images (B, C, H, W) in [-1, 1]; t = -1
+    stands for the finished images. Shows the first `count` images at `columns` stages.
     """
     chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
     frames = [frames[i] for i in chosen]
@@ -344,9 +364,12 @@ def timestep_losses(curves, path, title="Loss per timestep", note=""):
 
 @matplotlib.rc_context(STYLE)
 def table(header, rows, path, title="", note=""):
-    """Save a table: header and rows are lists of strings, the first column is set to the left."""
-    longest = [max(map(len, column)) for column in zip(header, *rows)]
-    fig = _figure(0.095 * sum(longest) + 0.3 * len(header), 0.26 * len(rows) + 1.1, title, note)
+    """Print a table and save it: header and rows are lists of strings, the first column names."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    for row in header, *rows:
+        line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths))
+        print(line.replace("η", "eta").replace("×", "x"))  # which any terminal can show
+    fig = _figure(0.095 * sum(widths) + 0.3 * len(header), 0.26 * len(rows) + 1.1, title, note)
     ax = fig.subplots()
     ax.axis("off")
     cells = ax.table(rows, colLabels=header, loc="center", edges="horizontal", cellLoc="right")
@@ -415,10 +438,11 @@ def latent_pictures(images, channels, path, title="Images and their latents", no
     Channels are shown from -1 (black) to 1 (white).
     """
     side = images.shape[-1]
-    large = [F.interpolate(channel[:, None].cpu(), size=(side, side)) for channel in channels]
-    rows = [images.cpu().expand(-1, 3, -1, -1)] + [c.expand(-1, 3, -1, -1) for c in large]
-    names = ["image"] + [f"channel {k}" for k in range(len(channels))]
-    return image_table(torch.cat(rows), path, [""] * len(images), names, title, note)
+    rows = {"image": images.expand(-1, 3, -1, -1)}
+    for k, channel in enumerate(channels):
+        large = F.interpolate(channel[:, None], size=(side, side))
+        rows[f"channel {k}"] = large.expand(-1, 3, -1, -1)
+    return image_table(rows, path, (), title, note)
 
 
 @matplotlib.rc_context(STYLE)

@@ -1,0 +1,333 @@
+"""A folder of images of one's own as DATASET: any kind of image, with classes or without."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import inside, load
+from PIL import Image
+
+script = load("02_ddpm.py")
+SMALL = {
+    "IMAGE_SIZE": 16,
+    "T": 5,
+    "BASE_CH": 8,
+    "CHANNEL_MULT": (1, 2),
+    "NUM_BLOCKS": 1,
+    "EPOCHS": 1,
+    "BATCH_SIZE": 6,
+}
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def picture(colour=RED, size=(12, 10), mode="RGB"):
+    return Image.new(mode, size, colour)
+
+
+def read(image, path, size=8, **options):
+    """Save an image, and read it with the script: uint8 (3, size, size)."""
+    image.save(path, **options)
+    pixels = script.read_image(path, size)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, size, size)
+    return pixels
+
+
+def only(pixels):
+    """The one colour that all pixels have."""
+    colours = pixels.flatten(1).unique(dim=1)
+    assert colours.shape[1] == 1, f"{colours.shape[1]} colours"
+    return tuple(colours[:, 0].tolist())
+
+
+def write_folder(folder, *names):
+    """Save a small image under each of these paths, each of another grey."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture((10 * number,) * 3).save(path)
+    return folder
+
+
+def greys(images):
+    """The numbers of the images of `write_folder`."""
+    return [only(image)[0] // 10 for image in images]
+
+
+# %% One image
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGB", (10, 20, 30), (10, 20, 30)),
+        ("L", 100, (100, 100, 100)),
+        ("LA", (100, 255), (100, 100, 100)),
+        ("LA", (100, 0), (255, 255, 255)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+        ("1", 1, (255, 255, 255)),
+        ("1", 0, (0, 0, 0)),
+        ("I;16", 0, (0, 0, 0)),
+        ("I;16", 65535, (255, 255, 255)),
+        ("I;16", 257 * 100, (100, 100, 100)),
+    ],
+)
+def test_each_kind_of_png(tmp_path, mode, colour, expected):
+    assert only(read(picture(colour, mode=mode), tmp_path / "x.png")) == expected
+
+
+def test_half_transparent_is_half_white(tmp_path):
+    red, green, blue = only(read(picture((0, 100, 255, 128), mode="RGBA"), tmp_path / "x.png"))
+    assert abs(red - 127) <= 1 and abs(green - 177) <= 1 and blue == 255
+
+
+def test_16_bits_keep_the_order_of_the_greys(tmp_path):
+    """A ramp over all 65,536 values becomes a ramp over 0 ... 255, its middle in the middle."""
+    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16)
+    image = Image.fromarray(np.tile(ramp, (64, 1)))
+    pixels = read(image, tmp_path / "x.png", size=64)
+    expected = torch.from_numpy(ramp.astype(np.int64) // 257)
+    assert all(torch.equal(row.long(), expected) for row in pixels.flatten(0, 1))
+    grey = only(read(picture(32768, mode="I;16"), tmp_path / "grey.png"))
+    assert grey[0] in (127, 128)
+    grey = only(read(picture(32768, mode="I;16"), tmp_path / "grey.tif"))
+    assert grey[0] in (127, 128)
+
+
+def test_palettes(tmp_path):
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([*RED, *GREEN, *BLUE])
+    image.putpixel((2, 1), 1)  # column 2, row 1
+    image.putpixel((3, 1), 2)
+    opaque = read(image, tmp_path / "opaque.png")
+    assert opaque[:, 1, 2].tolist() == [*GREEN] and opaque[:, 1, 3].tolist() == [*BLUE]
+    assert opaque[:, 0, 0].tolist() == [*RED]
+    one = read(image, tmp_path / "one.png", transparency=0)  # the first colour is transparent
+    assert one[:, 0, 0].tolist() == [255, 255, 255] and one[:, 1, 2].tolist() == [*GREEN]
+    several = read(image, tmp_path / "several.png", transparency=bytes([255, 0, 255]))
+    assert several[:, 0, 0].tolist() == [*RED] and several[:, 1, 3].tolist() == [*BLUE]
+    assert several[:, 1, 2].tolist() == [255, 255, 255]
+
+
+def test_cmyk_and_other_files(tmp_path):
+    cyan = only(read(picture((255, 0, 0, 0), mode="CMYK"), tmp_path / "x.jpg", quality=95))
+    assert cyan[0] < 20 and min(cyan[1:]) > 235, cyan
+    for name in "x.bmp", "x.tif", "x.webp", "x.ppm", "x.jpeg":
+        red = only(read(picture(), tmp_path / name))
+        assert red[0] > 245 and max(red[1:]) < 10, name
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_the_camera_was_held(tmp_path, orientation):
+    """EXIF's eight ways to store the same picture: red above left, green above right, blue below.
+
+    EXIF 2.3, tag 274, says which side of the picture the first row and the first column of the file
+    are: 1 top and left, 2 top and right, 3 bottom and right, 4 bottom and left, 5 left and top,
+    6 right and top, 7 right and bottom, 8 left and bottom.
+    """
+    upright = Image.new("RGB", (16, 16), BLUE)
+    upright.paste(RED, (0, 0, 8, 8))
+    upright.paste(GREEN, (8, 0, 16, 8))
+    pixels = np.asarray(upright)
+    from_below, from_right = pixels[::-1], pixels[:, ::-1]
+    sides = [pixels, from_right, from_below[:, ::-1], from_below]
+    stored = [*sides, *(side.swapaxes(0, 1) for side in sides)]
+    exif = Image.Exif()
+    exif[274] = orientation
+    image = Image.fromarray(np.ascontiguousarray(stored[orientation - 1]))
+    read_back = read(image, tmp_path / "x.jpg", 16, exif=exif, quality=95)
+    difference = (read_back.permute(1, 2, 0).int() - torch.from_numpy(pixels.copy()).int()).abs()
+    corners = difference[[2, 2, -3, -3]][:, [2, -3]]  # far from the edges, which JPEG blurs
+    assert corners.max() < 40
+
+
+def test_wide_and_tall_images_are_cropped_in_the_middle(tmp_path):
+    wide = Image.new("RGB", (24, 8), BLUE)
+    wide.paste(RED, (8, 0, 16, 8))  # the middle third
+    assert only(read(wide, tmp_path / "wide.png")) == RED
+    assert only(read(wide.transpose(Image.Transpose.ROTATE_90), tmp_path / "tall.png")) == RED
+
+
+def test_large_images_are_shrunk_by_means_and_small_ones_are_enlarged(tmp_path):
+    fine = np.zeros((64, 64, 3), np.uint8)
+    fine[::2] = 255  # lines of one pixel: every second one left out would be all white or black
+    pixels = read(Image.fromarray(fine), tmp_path / "fine.png").float()
+    assert (pixels - 127.5).abs().max() < 30
+    assert only(read(picture(size=(1, 1)), tmp_path / "dot.png")) == RED
+
+
+# %% A folder
+
+
+def test_a_flat_folder_is_one_class(tmp_path):
+    write_folder(tmp_path / "cats", "b.png", "a.jpg", "c.PNG")
+    images, labels, names = script.load_folder(tmp_path / "cats", 8)
+    assert images.shape == (3, 3, 8, 8) and images.dtype == torch.uint8
+    assert greys(images) == [1, 0, 2], "by name"
+    assert labels.tolist() == [0, 0, 0] and labels.dtype == torch.int64 and names == ["cats"]
+
+
+def test_each_subfolder_is_a_class(tmp_path):
+    write_folder(
+        tmp_path / "animals",
+        "dog/1.png",
+        "cat/2.png",
+        "cat/1.png",
+        "dog/summer/beach/3.png",  # however deep
+        "horse/1.png",
+    )
+    (tmp_path / "animals" / "empty").mkdir()
+    images, labels, names = script.load_folder(tmp_path / "animals", 8)
+    assert names == ["cat", "dog", "horse"]
+    found = sorted(zip(greys(images), (names[label] for label in labels)))
+    assert found == [(0, "dog"), (1, "cat"), (2, "cat"), (3, "dog"), (4, "horse")]
+
+
+def test_images_beside_the_subfolders_are_one_more_class(tmp_path):
+    write_folder(tmp_path / "animals", "1.png", "cat/2.png", "dog/3.png")
+    images, labels, names = script.load_folder(tmp_path / "animals", 8)
+    assert names == ["animals", "cat", "dog"]
+    assert sorted(zip(greys(images), labels.tolist())) == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_hidden_and_other_files_are_ignored(tmp_path):
+    folder = write_folder(tmp_path / "cats", "a.png", ".hidden.png", ".thumbnails/a.png", "b.png")
+    write_folder(folder, "sub/.cache/deep/c.png")
+    for name in "README.txt", "Thumbs.db", "._b.png", "labels.csv":
+        (folder / name).write_text("no image")
+    images, _, names = script.load_folder(folder, 8)
+    assert greys(images) == [0, 3] and names == ["cats"]
+
+
+def test_the_folder_itself_may_be_below_a_hidden_one(tmp_path):
+    folder = write_folder(tmp_path / ".data" / "cats", "a.png", "b/c.png")
+    images, _, names = script.load_folder(folder, 8)
+    assert len(images) == 2 and names == ["b", "cats"]
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "cut"])
+def test_an_unreadable_image_is_named(tmp_path, capsys, kind):
+    folder = write_folder(tmp_path / "cats", "a.png", "b.png")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "broken.png")
+    whole = (folder / "broken.png").read_bytes()
+    bad = {"text": b"hello", "empty": b"", "cut": whole[: len(whole) // 2]}[kind]
+    (folder / "broken.png").write_bytes(bad)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        script.load_folder(folder, 8)
+    message = str(end.value).strip()  # it begins on a line of its own, below the bar
+    assert message.startswith(f"{folder / 'broken.png'} cannot be read as an image (")
+    assert message.endswith("): repair or remove it.") and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["empty", "MNITS", "mnist", "a file.png"])
+def test_what_is_no_folder_of_images_is_refused_in_one_line(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "README.txt").write_text("no image")
+    picture().save(tmp_path / "a file.png")
+    with inside(tmp_path), pytest.raises(SystemExit) as end:
+        script.load_dataset(name, Path("data"), 8)
+    message = f"{tmp_path.resolve() / name} is neither a dataset known here nor a folder of images."
+    assert end.value.code == f"DATASET: {message}"
+
+
+def test_a_folder_may_be_relative_or_in_the_home_folder_or_a_path(tmp_path, monkeypatch):
+    for name in "HOME", "USERPROFILE":
+        monkeypatch.setenv(name, str(tmp_path))
+    write_folder(tmp_path / "my cats", "a/1.png", "b/2.png")
+    with inside(tmp_path):
+        for name in "my cats", "./my cats/", "~/my cats", tmp_path / "my cats":
+            images, labels, names, source = script.load_dataset(name, Path("data"), 8)
+            assert len(images) == len(labels) == 2 and names == ["a", "b"] and source == "my cats/"
+    assert not (tmp_path / "data").exists()
+
+
+# %% Whole runs
+
+
+def prepare(project, name, *files, **constants):
+    write_folder(project.folder / "cats", *files)
+    project.edit(name, **{**SMALL, "DATASET": "cats", **constants})
+
+
+@pytest.mark.parametrize("name", ["02_ddpm.py", "05_latent_diffusion.py"])
+def test_fewer_images_than_a_batch_end_with_one_line(project, name):
+    prepare(project, name, "a.png", "b.png", BATCH_SIZE=3)
+    done = project.run_here(name)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    count = 1 if name.startswith("05") else 2  # 05 holds one out
+    assert last.startswith("BATCH_SIZE = 3 ") and re.search(rf"\b{count} images", last)
+    assert "Traceback" not in done.stderr and project.outputs(name) == []
+
+
+def test_02_learns_a_small_folder_of_mixed_images(project):
+    files = [f"{i}.{kind}" for i in range(4) for kind in ("png", "jpg", "bmp")]
+    prepare(project, "02_ddpm.py", *files, EPOCHS=2)
+    Image.new("LA", (30, 9), (200, 90)).save(project.folder / "cats" / "other.png")
+    Image.new("I;16", (5, 50), 999).save(project.folder / "cats" / "another.png")
+    done = project.run_here("02_ddpm.py")
+    assert done.returncode == 0, done.stderr
+    assert "14 images of cats/," in done.stdout
+    project.check_pictures("02_ddpm.py", others=["checkpoint.pt"])
+    path = project.folder / "outputs" / "02_ddpm" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    assert state["settings"]["DATASET"] == "cats/" and state["step"] == 4
+    assert state["settings"]["IMAGE_SHAPE"] == (3, 16, 16)
+    assert script.load(path).sample(2).shape == (2, 3, 16, 16)
+    project.edit("02_ddpm.py", IMAGE_SIZE=8)
+    done = project.run_here("02_ddpm.py")
+    assert done.returncode == 1
+    assert "IMAGE_SHAPE was (3, 16, 16) and now is (3, 8, 8)" in done.stderr
+
+
+def test_03_takes_the_subfolders_as_classes(project):
+    files = [f"{animal}/{i}.png" for animal in ("lynx", "ant", "bee") for i in range(4)]
+    prepare(project, "03_conditional_ddpm.py", *files)
+    done = project.run_here("03_conditional_ddpm.py")
+    assert done.returncode == 0, done.stderr
+    assert "12 images of cats/," in done.stdout
+    figures = {"guidance.png", "interpolation.png", "samples.png", "loss.png", "denoising.gif"}
+    assert figures <= set(project.outputs("03_conditional_ddpm.py"))
+    project.check_pictures("03_conditional_ddpm.py", others=["checkpoint.pt"])
+    module = load("03_conditional_ddpm.py")
+    path = project.folder / "outputs" / "03_conditional_ddpm" / "checkpoint.pt"
+    ddpm = module.load(path)
+    assert ddpm.null_label == 3 and ddpm.class_names == ["ant", "bee", "lynx"]
+    assert ddpm.model.label_embedding.num_embeddings == 4
+    assert ddpm.sample(2, ["lynx", 0]).shape == (2, 3, 16, 16)
+    with pytest.raises(ValueError, match="ant, bee, lynx"):
+        ddpm.sample(1, "cat")
+    # Another class of the same network: the labels would mean something else.
+    (project.folder / "cats" / "bee").rename(project.folder / "cats" / "wasp")
+    done = project.run_here("03_conditional_ddpm.py")
+    assert done.returncode == 1 and "CLASS_NAMES was" in done.stderr and "'wasp'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("03_conditional_ddpm.py", {}),
+        ("05_latent_diffusion.py", {"DDIM_STEPS": 2, "VAE_EPOCHS": 1, "VAE_CH": 4}),
+    ],
+)
+def test_a_flat_folder_does_for_03_and_05(project, name, options):
+    """One class in 03; in 05 an odd number of images that are held out."""
+    prepare(project, name, *(f"{i}.png" for i in range(13)), **options)
+    done = project.run_here(name)
+    assert done.returncode == 0, done.stderr
+    others = [n for n in project.outputs(name) if n.endswith(".pt")]
+    project.check_pictures(name, others=others)
+
+
+@pytest.mark.parametrize(("name", "count"), [("celeba/", 43), ("folder/", 43), ("MNIST/", 20)])
+def test_05_holds_out_every_20th_image_whatever_the_folder_is_called(tmp_path, name, count):
+    """torchvision has things of these names, too."""
+    module = load("05_latent_diffusion.py")
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
+    train, test = module.hold_out(images, name, tmp_path, 8)
+    assert test[:, 0, 0, 0].tolist() == list(range(0, count, 20))
+    assert sorted([*train[:, 0, 0, 0].tolist(), *range(0, count, 20)]) == list(range(count))
