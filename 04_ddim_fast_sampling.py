@@ -326,7 +326,7 @@ class UNet(nn.Module):
                     h = layer(h)
             h = self.conv_out(F.silu(self.norm_out(h)))  #               (B, channels, side, side)
         # Near t = T, ε is almost x_t itself. So we add x_t here, and the network only learns h. The
-        # exact h is v = √ᾱ_t · ε − √(1−ᾱ_t) · x_0 (Salimans & Ho 2022, arXiv:2202.00512), with which
+        # exact h is v = √ᾱ_t · ε − √(1−ᾱ_t) · x_0 (Salimans & Ho 2022, arXiv:2202.00512): with it
         # the sum is ε.
         alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         return (1 - alpha_bar_t).sqrt() * x_t + alpha_bar_t.sqrt() * h.float()

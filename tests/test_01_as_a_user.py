@@ -209,6 +209,9 @@ def test_ctrl_c_in_the_very_first_step_ends_well_too(project, few_digits, monkey
 
     monkeypatch.setattr(torch.optim.Adam, "zero_grad", interrupted)
     project.edit(SCRIPT, DATASET="DRAWN", **SMALL)
-    done = project.run_here(SCRIPT)
+    try:
+        done = project.run_here(SCRIPT)
+    except KeyboardInterrupt:
+        pytest.fail("Ctrl-C ended everything")  # instead of ending pytest too
     assert done.returncode == 0, done.stderr
     assert "Training ended early" in done.stdout

@@ -389,6 +389,18 @@ def test_sample_of_01_has_the_promised_shape_and_range():
     assert ddpm.sample().shape == (16, 3, 4, 4)
 
 
+def test_sampling_with_01_begins_with_pure_noise():
+    seen = []
+
+    def record(x_t, t):
+        seen.append(x_t)
+        return x_t
+
+    make_toy(record, T=3).sample(n=2500)
+    assert seen[0].shape == (2500, 1, 2, 2)
+    assert seen[0].mean().abs() < 0.05 and abs(seen[0].std() - 1) < 0.05
+
+
 @pytest.mark.parametrize("T", [3, 20, 51, 150, 1000])
 def test_frames_of_01_show_the_way(T):
     seen, frames = {}, []
