@@ -710,9 +710,9 @@ class Trainer:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             for name in fixed:
-                was, now = state["settings"][name], self.settings[name]
-                if was != now:
-                    raise ValueError(f"{name} was {was!r} and now is {now!r}")
+                old, new = state["settings"][name], self.settings[name]
+                if old != new:
+                    raise ValueError(f"{name} was {old!r} and now is {new!r}")
             for name in self.STATES:
                 if state[name]:  # the scaler's is empty unless the precision is float16
                     getattr(self, name).load_state_dict(state[name])
@@ -730,10 +730,10 @@ class Trainer:
         self.recent.clear()
         weights = torch.stack([weight.detach().sum() for weight in self.model.parameters()])
         if not math.isfinite(sum(self.losses) + weights.sum().item()):
-            rate = self.settings["LEARNING_RATE"]
             sys.exit(
                 f"\nThe loss or a weight became NaN or infinite before step {self.step}. Usually "
-                f"LEARNING_RATE = {rate} is too high: halve it. {self.path} is still intact."
+                f"LEARNING_RATE = {self.settings['LEARNING_RATE']} is too high: halve it. The last "
+                "checkpoint is intact."
             )
         if self.rank == 0:
             state = {name: getattr(self, name).state_dict() for name in self.STATES}
@@ -772,7 +772,8 @@ class Trainer:
 
         What the caller does when this yields has no influence on the training.
         """
-        size, seed, saved, shown = *map(self.settings.get, ("BATCH_SIZE", "SEED")), now(), now()
+        size, seed = self.settings["BATCH_SIZE"], self.settings["SEED"]
+        saved = shown = now()
         sizes = {"total": self.total_steps * size, "initial": self.step * size}
         bar = tqdm(desc="Training", unit=" images", disable=self.rank > 0, **sizes)
         while self.step < self.total_steps:
