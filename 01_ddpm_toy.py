@@ -41,7 +41,7 @@ from tqdm import tqdm
 from utils.visualize import draw_digits, save_results
 
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", or "DRAWN": digits rendered from fonts
-T = 1000  # noise steps; with fewer, sampling is faster and the images are worse
+T = 1000  # noise steps, at least 50; with fewer, sampling is faster and the images are worse
 BASE_CH = 32  # width of the network: 16 is faster, 64 is slower and better
 EPOCHS = 3  # passes through the dataset
 BATCH_SIZE = 64  # images per training step
@@ -62,7 +62,8 @@ def load_images(name, folder):
     try:
         images = getattr(torchvision.datasets, name)(folder, train=True, download=True).data
     except Exception as error:  # no network, a damaged file, no such dataset
-        print(f"{name} could be neither read from {folder!r} nor downloaded: {error}")
+        reason = " ".join(str(error).split())
+        print(f"{name} could be neither read from {folder!r} nor downloaded: {reason}")
         return load_images("DRAWN", folder) if name == "MNIST" else sys.exit(1)
     images = torch.as_tensor(images)  # grey (N, H, W) or colour (N, H, W, 3)
     return (images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)), name
@@ -91,7 +92,6 @@ def q_sample(x_0, t, noise, alphas_cumprod):
 #     └ conv_in → (8, 28, 28) ────────── skip ────────→ block_up_28 → conv_out ┘
 #         └ down_14, block_14 → (32, 14, 14) ── skip ─→ block_up_14 ┘
 #             └ down_7 → (64, 7, 7) → block_7a → block_7b ┘
-#
 # The image shrinks until a few cheap convolutions see all of it; skips then bring the detail back.
 
 

@@ -131,7 +131,8 @@ def load_dataset(name, folder, size):
         data = getattr(torchvision.datasets, name)(folder, train=True, download=True)
         images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
     except Exception as error:  # no network or a damaged file
-        print(f"{name} could be neither read from {folder} nor downloaded: {error}")
+        reason = " ".join(str(error).split())
+        print(f"{name} could be neither read from {folder} nor downloaded: {reason}")
         return load_dataset("DRAWN", folder, size) if name == "MNIST" else sys.exit(1)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return images, labels, [c.split(" - ")[0] for c in data.classes], name  # MNIST: "0 - zero"

@@ -85,7 +85,7 @@ def test_drawn_digits_can_be_asked_for(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "FashionMNIST", "MINST"])
-def test_a_chosen_dataset_is_never_replaced(project, name):
+def test_a_chosen_dataset_is_never_replaced(project, few_digits, name):
     """Neither one that cannot be had nor one that does not exist."""
     project.edit(SCRIPT, DATASET=name, **SMALL)
     done = project.run_here(SCRIPT)
@@ -97,7 +97,7 @@ def test_a_chosen_dataset_is_never_replaced(project, name):
     assert not (project.folder / "outputs").exists()
 
 
-def test_a_damaged_file_is_left_alone(project):
+def test_a_damaged_file_is_left_alone(project, few_digits):
     lay_small_mnist(project, "FashionMNIST")
     file = project.folder / "data" / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:1000])
@@ -131,9 +131,8 @@ def test_fashion_mnist(project, notes):
 @pytest.mark.parametrize(
     ("constants", "steps"),
     [
-        ({"T": 3}, 4),
         ({"T": 40, "BASE_CH": 20}, 4),
-        ({"BATCH_SIZE": 1, "BASE_CH": 1}, 65),
+        ({"T": 3, "BATCH_SIZE": 1, "BASE_CH": 1}, 65),
         ({"BATCH_SIZE": 999, "EPOCHS": 2}, 2),
         ({"BATCH_SIZE": 7, "LEARNING_RATE": 1e-4, "SEED": 5}, 10),
     ],
@@ -165,7 +164,7 @@ def test_same_seed_same_pictures_other_seed_other_pictures(project):
 
 
 @pytest.mark.parametrize("kind", ["relative", "absolute", "home"])
-def test_folders_can_be_changed(project, tmp_path, monkeypatch, kind):
+def test_folders_can_be_changed(project, few_digits, tmp_path, monkeypatch, kind):
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))

@@ -24,12 +24,13 @@ FILES = [
     "samples.png",
 ]
 SMALL = {
-    "T": 10,
-    "BASE_CH": 8,
-    "CHANNEL_MULT": (1, 2),
+    "T": 5,
+    "BASE_CH": 4,
+    "CHANNEL_MULT": (1, 2, 4),
     "NUM_BLOCKS": 1,
+    "ATTENTION_AT": (7,),
     "EPOCHS": 2,
-    "BATCH_SIZE": 50,
+    "BATCH_SIZE": 20,
 }
 EACH_STEP = 1e-9  # minutes
 
@@ -67,30 +68,30 @@ def assert_identical(first, second):
 
 
 def test_from_start_to_pictures_and_again(project, monkeypatch):
-    prepare(project, count=600, EPOCHS=3, PREVIEW_EVERY=0.4)
+    prepare(project, count=240, PREVIEW_EVERY=0.4)
     ticks = iter(range(10**9))
     with monkeypatch.context() as patch:  # each look at the clock takes a second
         patch.setattr(time, "monotonic", lambda: float(next(ticks)))
         done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"600 images of MNIST, [\d,]+ parameters, on ", done.stdout)
+    assert re.search(r"240 images of MNIST, [\d,]+ parameters, on ", done.stdout)
     assert "outputs/02_ddpm" in done.stdout.replace("\\", "/"), "it says where the files are"
-    assert re.search(r"Training: 100%.* 1800/1800 .*images/s", done.stderr)
+    assert re.search(r"Training: 100%.* 480/480 .*images/s", done.stderr)
     previews = [name for name in project.outputs(SCRIPT) if name not in FILES]
     assert project.outputs(SCRIPT) == sorted(FILES + previews), "nothing half-written"
     steps = [int(re.fullmatch(r"samples_step_(\d{6})\.png", name)[1]) for name in previews]
-    assert 2 <= len(steps) <= 5 and 0 < min(steps) and max(steps) < 36
+    assert 1 <= len(steps) <= 4 and min(steps) > 0 and max(steps) < 24
     project.check_pictures(SCRIPT, others=["checkpoint.pt"])
     folder = project.folder / "outputs" / "02_ddpm"
     before = {name: (folder / name).read_bytes() for name in FILES}
     state = read_checkpoint(project)
     assert list(state["extras"]) == [f"after {steps[0]} steps"]
     losses = state["losses"]
-    assert len(losses) == 36 and sum(losses[-6:]) < 0.7 * sum(losses[:6])
+    assert len(losses) == 24 and sum(losses[-6:]) < 0.85 * sum(losses[:6])
 
     again = project.run_here(SCRIPT)
     assert again.returncode == 0, again.stderr
-    assert "Sampling" in again.stderr and "step 36 of 36" in again.stdout
+    assert "Sampling" in again.stderr and "step 24 of 24" in again.stdout
     for name in FILES:
         assert (folder / name).read_bytes() == before[name], f"{name} is the same as before"
 
@@ -101,11 +102,6 @@ def test_from_start_to_pictures_and_again(project, monkeypatch):
     assert len(refused.stderr.strip().splitlines()) == 1
     assert {name: (folder / name).read_bytes() for name in FILES} == before
 
-    project.edit(SCRIPT, SCHEDULE="cosine", EPOCHS=4, LEARNING_RATE=0.01)  # these may change
-    more = project.run_here(SCRIPT)
-    assert more.returncode == 0 and "step 36 of 48" in more.stdout, more.stderr
-    assert read_checkpoint(project)["losses"][:36] == losses
-
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals that Windows has not")
 def test_interrupted_it_arrives_at_the_same_weights(project):
@@ -114,7 +110,7 @@ def test_interrupted_it_arrives_at_the_same_weights(project):
     tests/drills.py does the same with kill -9, many times to each script. Afterwards the model is
     there to play with, without dropout: python -i.
     """
-    prepare(project, count=600, EPOCHS=5, BATCH_SIZE=20, DROPOUT=0.5)
+    prepare(project, count=100, EPOCHS=4, BATCH_SIZE=10, DROPOUT=0.5)
     assert project.run_here(SCRIPT).returncode == 0
     folder = project.folder / "outputs" / "02_ddpm"
     folder.rename(folder.with_name("undisturbed"))
@@ -124,14 +120,14 @@ def test_interrupted_it_arrives_at_the_same_weights(project):
     while not (folder / "checkpoint.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(random.Random(0).uniform(0.1, 0.4))
+    time.sleep(random.Random(0).uniform(0.05, 0.2))
     process.send_signal(signal.SIGINT)
     _output, errors = process.communicate(timeout=60)
     assert process.returncode != 0, "it ended before it was disturbed"
     assert "Traceback" not in errors
-    assert errors.endswith("\nStopped. The same command goes on from the last checkpoint.\n")
+    assert "\nStopped. The same command goes on from the last checkpoint.\n" in errors
     step = read_checkpoint(project)["step"]
-    assert 0 < step < 150
+    assert 0 < step < 40
 
     question = (
         "x = ddpm.sample(n=16); print(tuple(x.shape), bool((x.abs() <= 1).all()))\n"
@@ -139,7 +135,7 @@ def test_interrupted_it_arrives_at_the_same_weights(project):
     )
     project.edit(SCRIPT, SAVE_EVERY=1)
     done = project.run("-i", SCRIPT, stdin=question)
-    assert re.search(rf"Going on from .*, step {step} of 150\.", done.stdout), done.stderr
+    assert re.search(rf"Going on from .*, step {step} of 40\.", done.stdout), done.stderr
     assert "(16, 1, 28, 28) True" in done.stdout and "training mode: False" in done.stdout
     disturbed, undisturbed = read_checkpoint(project), read_checkpoint(project, "undisturbed")
     for state in disturbed, undisturbed:
@@ -153,7 +149,7 @@ def test_interrupted_it_arrives_at_the_same_weights(project):
 
 def test_two_processes_share_the_work(project):
     """The same total batch: the same loss within noise, one bar, equal weights on both."""
-    prepare(project, count=1000, EPOCHS=3)
+    prepare(project, count=400, EPOCHS=1)
     assert project.run_here(SCRIPT).returncode == 0
     alone = read_checkpoint(project)
     project.edit(SCRIPT, OUT_DIR="outputs/two")
@@ -166,19 +162,19 @@ def test_two_processes_share_the_work(project):
     options = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py"
     done = project.run(*options, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("1,000 images of MNIST") == 1, "one process speaks"
+    assert done.stdout.count("400 images of MNIST") == 1, "one process speaks"
     assert done.stderr.count("Training:   0%") == 1, "one bar"
     state = read_checkpoint(project, "two")
-    assert state["step"] == alone["step"] == 60
-    ours, theirs = (sum(s["losses"][-20:]) / 20 for s in (state, alone))
-    assert ours == pytest.approx(theirs, rel=0.1)
+    assert state["step"] == alone["step"] == 20
+    ours, theirs = (sum(s["losses"][-10:]) / 10 for s in (state, alone))
+    assert ours == pytest.approx(theirs, rel=0.15)
     ranks = [torch.load(project.folder / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
     assert_identical(*ranks)
     assert_identical(ranks[0], state["model"])
     assert not torch.equal(ranks[0]["conv_in.weight"], alone["model"]["conv_in.weight"])
 
 
-@pytest.mark.parametrize(("size", "world"), [(66, 1), (50, 3)])
+@pytest.mark.parametrize(("size", "world"), [(66, 1), (20, 3)])
 def test_a_batch_that_does_not_fit_the_data_or_the_processes_is_refused(
     project, monkeypatch, size, world
 ):
@@ -196,7 +192,7 @@ def test_a_batch_that_does_not_fit_the_data_or_the_processes_is_refused(
 
 def test_cifar10(project):
     project.lay_cifar10(100)
-    project.edit(SCRIPT, DATASET="CIFAR10", **SMALL)
+    project.edit(SCRIPT, DATASET="CIFAR10", **{**SMALL, "EPOCHS": 1})
     done = project.run_without_md5(SCRIPT)
     assert done.returncode == 0, done.stderr
     assert "100 images of CIFAR10" in done.stdout
@@ -208,15 +204,22 @@ def test_cifar10(project):
 @pytest.mark.parametrize(
     "constants",
     [
-        {"T": 2, "BASE_CH": 1, "ATTENTION_AT": ()},
-        {"SCHEDULE": "linear", "BASE_CH": 20, "CHANNEL_MULT": (2, 1, 3), "NUM_BLOCKS": 2},
-        {"ATTENTION_AT": (28,), "CHANNEL_MULT": (1,), "BATCH_SIZE": 65, "SEED": 5, "FLIP": True},
-        {"BATCH_SIZE": 1, "T": 2, "DROPOUT": 0.5, "EMA_DECAY": 0.5, "LEARNING_RATE": 1e-4},
+        {"T": 2, "BASE_CH": 1, "ATTENTION_AT": (), "BATCH_SIZE": 65},
+        {"SCHEDULE": "linear", "BASE_CH": 10, "CHANNEL_MULT": (2, 1, 3), "NUM_BLOCKS": 2},
+        {
+            "ATTENTION_AT": (28,),
+            "CHANNEL_MULT": (1,),
+            "T": 2,
+            "BATCH_SIZE": 65,
+            "SEED": 5,
+            "FLIP": True,
+        },
+        {"BATCH_SIZE": 9, "DROPOUT": 0.5, "EMA_DECAY": 0.5, "LEARNING_RATE": 1e-4},
     ],
     ids=str,
 )
 def test_any_constant_can_be_changed(project, constants):
-    prepare(project, count=65, **{"T": 5, "EPOCHS": 1, **constants})
+    prepare(project, count=65, **{"T": 3, "EPOCHS": 1, **constants})
     done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
     project.check_pictures(SCRIPT, others=["checkpoint.pt"])
@@ -225,7 +228,7 @@ def test_any_constant_can_be_changed(project, constants):
 def test_same_seed_same_pictures_other_seed_other_pictures(project):
     pictures = []
     for number, seed in enumerate((0, 0, 1)):
-        prepare(project, count=65, EPOCHS=1, T=3, SEED=seed, OUT_DIR=f"outputs/{number}")
+        prepare(project, count=40, EPOCHS=1, T=3, SEED=seed, OUT_DIR=f"outputs/{number}")
         assert project.run_here(SCRIPT).returncode == 0
         with Image.open(project.folder / f"outputs/{number}/samples.png") as picture:
             pictures.append(np.asarray(picture.convert("L"))[100:-100])

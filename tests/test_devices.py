@@ -5,9 +5,11 @@ two devices is an error, as it is on a real GPU. No float64 may get there: Apple
 What fake tensors cannot do is the backward pass, and 16-bit arithmetic without a GPU.
 """
 
+import sys
+
 import pytest
 import torch
-from conftest import load, scripts
+from conftest import inside, load, scripts
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -44,9 +46,9 @@ def networks(script):
     options = 8, (1, 2), 1, (7, 14, 8), 0.1, alphas_cumprod, torch.bfloat16
     with GPU:  # what is made here is on the GPU
         if script.__name__.startswith("01"):
-            return {"model": script.SimpleUNet(1, 8, alphas_cumprod)}
+            return {"model": script.SimpleUNet(1, 8)}
         if script.__name__.startswith("03"):
-            return {"model": script.ConditionalUNet((1, 28, 28), *options)}
+            return {"model": script.ConditionalUNet((1, 28, 28), *options[:5], 10, *options[5:])}
         if script.__name__.startswith("05"):
             unet = script.UNet((4, 8, 8), *options)
             return {"model": unet, "vae": script.VAE((1, 28, 28), 4, 4)}
@@ -58,7 +60,7 @@ def diffusion(script):
     betas = torch.linspace(1e-4, 0.5, T, dtype=torch.float64)
     image, latent = (1, 28, 28), (4, 8, 8)
     make = {
-        "01": lambda: script.DDPM(None, betas, image, CPU),
+        "01": lambda: script.SimpleDDPM(None, betas, image, CPU),
         "02": lambda: script.DDPM(None, betas, image, CPU),
         "03": lambda: script.GuidedDDPM(None, betas, image, CPU, 0.1, [str(i) for i in range(10)]),
         "04": lambda: script.DDIM(None, betas, image, CPU),
@@ -111,7 +113,7 @@ def test_loss_and_sampling_stay_on_the_gpu(path, request):
         assert sample().device == GPU
 
 
-@pytest.mark.parametrize("path", scripts(), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", scripts()[1:], ids=lambda p: p.name)
 def test_the_optimizers_stay_on_the_gpu(path, gpu):
     script = load(path.name)
     model = networks(script)["model"]
@@ -135,31 +137,95 @@ def test_the_fake_gpu_notices_what_a_real_one_would(request):
         torch.zeros(3, dtype=torch.float64, device=GPU)
 
 
-@pytest.mark.parametrize("path", scripts(), ids=lambda p: p.name)
-@pytest.mark.parametrize(
-    ("cuda", "mps", "expected"),
-    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
-)
-def test_device_is_picked_by_what_is_there(monkeypatch, path, cuda, mps, expected):
+@pytest.mark.parametrize("path", scripts()[1:], ids=lambda p: p.name)
+@pytest.mark.parametrize("there", ["cuda", "mps", None])
+def test_device_is_picked_by_what_is_there(monkeypatch, path, there):
+    """PyTorch names the kind of accelerator that it is built for even where there is none."""
     script = load(path.name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert script.pick_device() == torch.device(expected)
+
+    def current_accelerator(check_available=False):
+        return torch.device(there or "cuda") if there or not check_available else None
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    assert script.pick_device() == torch.device(there or "cpu")
 
 
 @pytest.mark.parametrize("path", scripts()[1:], ids=lambda p: p.name)
-def test_a_gpu_gets_larger_settings_and_they_pass_the_checks(monkeypatch, path):
+def test_precision_and_layout_are_those_that_work_there(monkeypatch, path):
+    script = load(path.name)
+    modern = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: modern[0])
+    for modern[:], expected in ([True], torch.bfloat16), ([False], torch.float16):
+        assert script.best_precision(GPU) == expected
+    for name in "cpu", "mps":
+        assert script.best_precision(torch.device(name)) == torch.float32
+    assert script.best_layout(torch.device("mps")) == torch.contiguous_format
+    assert script.best_layout(GPU) == script.best_layout(CPU) == torch.channels_last
+
+
+@pytest.mark.parametrize("path", scripts()[1:], ids=lambda p: p.name)
+def test_a_gpu_gets_larger_settings_and_they_pass_the_checks(monkeypatch, tmp_path, path):
     small = load(path.name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     large = load(path.name)
     assert large.ON_GPU and not small.ON_GPU
     for name in "BASE_CH", "NUM_BLOCKS", "EPOCHS", "BATCH_SIZE":
         assert getattr(large, name) > getattr(small, name)
-    large.check_settings(vars(large), world=1)
-    if path.name.startswith("05"):
-        large.check_latent_settings(vars(large))
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    large.join_processes()
-    assert chosen == [3], "each process has a GPU of its own"
+    with inside(tmp_path):
+        assert large.check_settings(vars(large))["BASE_CH"] == large.BASE_CH
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """Return a function that pretends to be one of several processes, and what they have done."""
+    done = {"device": [], "backend": []}
+    monkeypatch.setattr(torch.cuda, "set_device", done["device"].append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", done["backend"].append)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which all but the first replace
+
+    def be(rank, world, gpus):
+        for name, value in ("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", world):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        return done
+
+    return be
+
+
+@pytest.mark.parametrize("path", scripts()[1:], ids=lambda p: p.name)
+def test_each_process_has_a_gpu_of_its_own(processes, path):
+    script = load(path.name)
+    done = processes(3, 4, gpus=4)
+    assert script.join_processes() == (3, 4)
+    assert done == {"device": [3], "backend": ["nccl"]}
+
+
+def test_processes_without_gpus_and_one_alone(processes, monkeypatch):
+    script = load("02_ddpm.py")
+    done, spoken = processes(1, 2, gpus=0), sys.stdout
+    assert script.join_processes() == (1, 2) and done == {"device": [], "backend": ["gloo"]}
+    assert sys.stdout is not spoken, "only the first one speaks"
+    monkeypatch.setattr(sys, "stdout", spoken)
+    processes(0, 2, gpus=0)
+    assert script.join_processes() == (0, 2) and sys.stdout is spoken
+    for name in "RANK", "WORLD_SIZE":
+        monkeypatch.delenv(name)
+    done["backend"].clear()
+    assert script.join_processes() == (0, 1) and done == {"device": [], "backend": []}
+    assert sys.stdout is spoken
+
+
+@pytest.mark.parametrize("path", scripts()[1:], ids=lambda p: p.name)
+def test_more_processes_than_gpus_end_with_one_line(processes, path):
+    """The first process says it; the others end without a word."""
+    script = load(path.name)
+    done = processes(0, 4, gpus=2)
+    with pytest.raises(SystemExit) as end:
+        script.join_processes()
+    assert end.value.code == "4 processes but 2 GPUs: use --nproc_per_node=2."
+    processes(3, 4, gpus=2)
+    with pytest.raises(SystemExit) as end:
+        script.join_processes()
+    assert end.value.code == 1
+    assert done == {"device": [], "backend": []}

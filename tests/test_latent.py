@@ -5,8 +5,11 @@ import math
 
 import pytest
 import torch
+import torchvision
 from conftest import load
 from torch import nn
+
+from utils.visualize import draw_digits
 
 script = load("05_latent_diffusion.py")
 CPU = torch.device("cpu")
@@ -335,6 +338,19 @@ def test_drawn_test_images_are_others():
     kept, test = script.hold_out(images, "DRAWN", "nowhere", 32)
     assert kept is images and test.shape == (1000, 1, 28, 28) and test.dtype == torch.uint8
     assert not (test[:, None] == images[None, :50]).flatten(2).all(2).any()
+
+
+def test_those_of_a_dataset_are_its_own(project, monkeypatch):
+    data, (images, labels) = project.folder / "data", draw_digits(50, seed=3)
+    project.lay_mnist(images, labels)
+    train = torch.zeros(7, 1, 28, 28)
+    kept, test = script.hold_out(train, "MNIST", data, 32)
+    assert kept is train and torch.equal(test, images[:, None])
+    project.lay_cifar10(50)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    kept, test = script.hold_out(train, "CIFAR10", data, 32)
+    assert kept is train and test.shape == (10, 3, 32, 32) and test.dtype == torch.uint8
+    assert (test == test[:, :, :1, :1]).all(), "each image is of one colour"
 
 
 @pytest.mark.parametrize("name", ["holiday/", "celeba/", "MNIST/", "DRAWN/"])  # folders

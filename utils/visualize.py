@@ -326,7 +326,7 @@ def _save_gif(pictures, path, durations, note, colours):
 @matplotlib.rc_context(STYLE)
 def loss_curve(losses, path, title="Training loss", note=""):
     """Save the loss of every training step (pale) and its running mean (strong), on a log axis."""
-    losses = np.asarray(losses, dtype=np.float64)
+    losses = np.asarray(losses if len(losses) else [np.nan], dtype=np.float64)
     window = max(1, min(100, len(losses) // 10))
     mean = np.convolve(losses, np.ones(window) / window, mode="valid")
     fig = _figure(7, 4, title, note)
