@@ -588,7 +588,9 @@ class Trainer:
         except Exception as error:  # other settings, cut short, damaged, another program's file
             hint = "To start from scratch, delete the file or set another OUT_DIR."
             sys.exit(f"Cannot go on from {self.path}: {' '.join(str(error).split())[:200]}. {hint}")
-        self.step = self.step * state["settings"]["BATCH_SIZE"] // self.settings["BATCH_SIZE"]
+        # With another BATCH_SIZE an epoch has more or fewer steps: go on at the same share of it.
+        steps_per_epoch = max(1, self.count // state["settings"]["BATCH_SIZE"])
+        self.step = self.step * self.steps_per_epoch // steps_per_epoch
         print(f"Going on from {self.path}, step {self.step:,} of {self.total_steps:,}.")
 
     def save(self):

@@ -651,7 +651,9 @@ class Trainer:
         except Exception as error:  # other settings, cut short, damaged, another program's file
             hint = "To start from scratch, delete the file or set another OUT_DIR."
             sys.exit(f"Cannot go on from {self.path}: {' '.join(str(error).split())[:200]}. {hint}")
-        self.step = self.step * state["settings"]["BATCH_SIZE"] // self.settings["BATCH_SIZE"]
+        # With another BATCH_SIZE an epoch has more or fewer steps: go on at the same share of it.
+        steps_per_epoch = max(1, self.count // state["settings"]["BATCH_SIZE"])
+        self.step = self.step * self.steps_per_epoch // steps_per_epoch
         print(f"Going on from {self.path}, step {self.step:,} of {self.total_steps:,}.")
 
     def save(self):
@@ -752,6 +754,8 @@ def save_interpolation(ddpm, seed, guidance_scale, folder, note, columns=9):
     """NEW in 03. Save images of the same noise while one label is blended into another."""
     embeddings, names = ddpm.model.label_embedding.weight, ddpm.class_names
     pairs = [p for p in ((3, 8), (4, 9), (1, 7), (0, 6), (0, 1)) if max(p) < len(names)][:4]
+    if not pairs:  # a single class
+        return
     first, last = (embeddings[list(ends)] for ends in zip(*pairs))
     images = []
     # A straight blend will do here: embeddings are no noise, whose variance would have to be kept.

@@ -722,7 +722,9 @@ class Trainer:
         except Exception as error:  # other settings, cut short, damaged, another program's file
             hint = "To start from scratch, delete the file or set another OUT_DIR."
             sys.exit(f"Cannot go on from {self.path}: {' '.join(str(error).split())[:200]}. {hint}")
-        self.step = self.step * state["settings"]["BATCH_SIZE"] // self.settings["BATCH_SIZE"]
+        # With another BATCH_SIZE an epoch has more or fewer steps: go on at the same share of it.
+        steps_per_epoch = max(1, self.count // state["settings"]["BATCH_SIZE"])
+        self.step = self.step * self.steps_per_epoch // steps_per_epoch
         print(f"Going on from {self.path}, step {self.step:,} of {self.total_steps:,}.")
 
     def save(self):
@@ -950,14 +952,15 @@ def wait_for_all(world):
         dist.barrier()
 
 
-def is_usable(path, source):
-    """NEW in 04. Return whether path is a checkpoint of 02, or of 04, for the dataset source."""
+def is_usable(path, source, shape):
+    """NEW in 04. Return whether path is a checkpoint of 02 or 04 for such images (C, H, W)."""
     if not path.exists():
         return False
     try:
         load(path)
-        trained_on = torch.load(path, map_location="cpu", weights_only=True)["settings"]["DATASET"]
-        assert trained_on == source, f"it was trained on {trained_on}"
+        saved = torch.load(path, map_location="cpu", weights_only=True)["settings"]
+        trained_on = saved["DATASET"], tuple(saved["IMAGE_SHAPE"])
+        assert trained_on == (source, tuple(shape)), f"it was trained on {trained_on}"
     except Exception as error:
         print(f"Training from scratch, because {path} does not fit: {str(error)[:200]}.")
         return False
@@ -984,7 +987,7 @@ CHECKS = (  # constants, the condition that each must meet, and the same in word
     ("IMAGE_SIZE BASE_CH NUM_BLOCKS EPOCHS BATCH_SIZE", is_whole, "a whole number from 1"),
     ("T", lambda v: is_whole(v, 2), "a whole number from 2"),
     ("SEED", lambda v: is_whole(v, 0), "a whole number from 0"),
-    ("DDIM_STEPS", is_whole, "a whole number from 1 to T"),  # NEW in 04
+    ("DDIM_STEPS", lambda v: is_whole(v) and v <= T, "a whole number from 1 to T"),  # NEW in 04
     ("ETA", lambda v: 0 <= v <= 1, "a number from 0 to 1"),  # NEW in 04
     ("SCHEDULE", lambda v: v in SCHEDULES, "'linear' or 'cosine'"),
     ("CHANNEL_MULT ATTENTION_AT", lambda v: all(map(is_whole, v)), "like (1, 2, 4)"),
@@ -1035,9 +1038,14 @@ if __name__ == "__main__":
     if ON_GPU:  # TF32: float32 products with fewer digits, several times as fast
         torch.set_float32_matmul_precision("high")
 
-    if not path.exists() and is_usable(out_dir_02 / "checkpoint.pt", source):  # NEW in 04
+    if not path.exists() and is_usable(out_dir_02 / "checkpoint.pt", source, shape):  # NEW in 04
         path = out_dir_02 / "checkpoint.pt"
         print(f"Using the network in {path}. To train another one, change OUT_DIR_02.")
+        note = f"{source}, the network of 02, SEED = {SEED}"
+        if load(path).T < DDIM_STEPS:
+            sys.exit(
+                f"DDIM_STEPS = {DDIM_STEPS} does not work: that network has T = {load(path).T}."
+            )
     else:
         torch.manual_seed(SEED)
         ddim = SAMPLER.build({"settings": settings}, device)

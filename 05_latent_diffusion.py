@@ -153,7 +153,7 @@ def load_dataset(name, folder, size):
     return images, labels, [c.split(" - ")[0] for c in data.classes], name  # MNIST: "0 - zero"
 
 
-def hold_out(images, name, folder, size):
+def hold_out(images, name, folder):
     """NEW in 05. Return the images to train on and up to 1,000 others, both uint8 (N, C, H, W)."""
     if name == "DRAWN":
         return images, draw_digits(1000, seed=1)[0][:, None]
@@ -750,7 +750,9 @@ class Trainer:
         except Exception as error:  # other settings, cut short, damaged, another program's file
             hint = "To start from scratch, delete the file or set another OUT_DIR."
             sys.exit(f"Cannot go on from {self.path}: {' '.join(str(error).split())[:200]}. {hint}")
-        self.step = self.step * state["settings"]["BATCH_SIZE"] // self.settings["BATCH_SIZE"]
+        # With another BATCH_SIZE an epoch has more or fewer steps: go on at the same share of it.
+        steps_per_epoch = max(1, self.count // state["settings"]["BATCH_SIZE"])
+        self.step = self.step * self.steps_per_epoch // steps_per_epoch
         print(f"Going on from {self.path}, step {self.step:,} of {self.total_steps:,}.")
 
     def save(self):
@@ -950,10 +952,13 @@ def save_costs(ldm, x_0, architecture, folder, note):
 
 def save_latent_interpolation(ldm, x, seed, folder, note, points=9):
     """NEW in 05. Save interpolations between pairs of test images x, made on noisy latents."""
+    x = x[: len(x[:6]) // 2 * 2]  # up to three pairs
+    if len(x) == 0:
+        return
     start = ldm.T * 6 // 10  # so much noise that the digit may change, not enough to forget it
     torch.manual_seed(seed)
     draw, noise = torch.randn(2, 1, *ldm.latent_shape, device=ldm.device)  # the same for all images
-    z_0 = ldm.encode(x[:6], draw)
+    z_0 = ldm.encode(x, draw)
     t = torch.full((len(z_0),), start, device=ldm.device)
     z_t = q_sample(z_0, t, noise, ldm.alphas_cumprod)
     # Both images get the same noise, so on a straight line it stays as strong as step `start` wants
@@ -964,7 +969,7 @@ def save_latent_interpolation(ldm, x, seed, folder, note, points=9):
     plain = interpolate(z_0[0::2], z_0[1::2], points, "lerp").transpose(0, 1)
     decoded = ldm.decode(plain.flatten(0, 1))
     rows = {}
-    for pair, name in enumerate("ABC"[: len(x[:6]) // 2]):
+    for pair, name in enumerate("ABC"[: len(x) // 2]):
         rows[f"{name}: noised, lerp, denoised"] = diffused[pair * points : (pair + 1) * points]
         rows[f"{name}: lerp, decoded"] = decoded[pair * points : (pair + 1) * points]
     shares = [f"{100 * i / (points - 1):.0f} %" for i in range(points)]
@@ -1034,10 +1039,11 @@ def is_writable(folder):
 CHECKS = (  # constants, the condition that each must meet, and the same in words
     ("BASE_CH NUM_BLOCKS EPOCHS BATCH_SIZE", is_whole, "a whole number from 1"),
     # NEW in 05
-    ("LATENT_CH VAE_CH VAE_EPOCHS DDIM_STEPS", is_whole, "a whole number from 1"),
+    ("LATENT_CH VAE_CH VAE_EPOCHS", is_whole, "a whole number from 1"),
     ("IMAGE_SIZE", lambda v: v in range(4, 33, 4), "a multiple of 4, at most 32"),
     ("KL_WEIGHT", lambda v: 0 <= v <= 100, "a number from 0 to 100"),
     ("T", lambda v: is_whole(v, 2), "a whole number from 2"),
+    ("DDIM_STEPS", lambda v: is_whole(v) and v <= T, "a whole number from 1 to T"),  # NEW in 05
     ("SEED", lambda v: is_whole(v, 0), "a whole number from 0"),
     ("SCHEDULE", lambda v: v in SCHEDULES, "'linear' or 'cosine'"),
     ("CHANNEL_MULT ATTENTION_AT", lambda v: all(map(is_whole, v)), "like (1, 2, 4)"),
@@ -1076,7 +1082,7 @@ if __name__ == "__main__":
         if turn == rank:  # the first process downloads, the others find the files
             images, _, _, source = load_dataset(DATASET, data_dir, IMAGE_SIZE)
         wait_for_all(world)
-    images, test_images = hold_out(images, source, data_dir, IMAGE_SIZE)  # NEW in 05
+    images, test_images = hold_out(images, source, data_dir)  # NEW in 05
     count, *shape = images.shape
     if count < BATCH_SIZE or BATCH_SIZE % world:
         sys.exit(f"BATCH_SIZE = {BATCH_SIZE} does not fit {count} images, {world} processes.")
@@ -1094,6 +1100,7 @@ if __name__ == "__main__":
     vae = train_vae(vae, images, settings, out_dir / "vae.pt", rank, world)  # NEW in 05
     mean, deviation, scale = encode_all(vae, images)
     settings["VAE"] = digest_of(vae)  # a stage 2 fits no other VAE than its own
+    torch.manual_seed(SEED)
     if rank == 0:
         drawn = mean[:2000] + deviation[:2000] * torch.randn_like(mean[:2000])
         alphas_cumprod = torch.cumprod(1 - SCHEDULES[SCHEDULE](T), dim=0).float()

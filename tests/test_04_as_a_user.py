@@ -145,21 +145,21 @@ def test_what_of_02_does_not_fit_is_left_alone(tmp_path, capsys, harm):
     script, path = load(SCRIPT), tmp_path / "checkpoint.pt"
     train_02(path)
     capsys.readouterr()
-    assert script.is_usable(path, "my digits/") and capsys.readouterr().out == ""
+    assert script.is_usable(path, "my digits/", (3, 8, 8)) and capsys.readouterr().out == ""
     if harm == "damage":
         path.write_bytes(path.read_bytes()[:-200])
     elif harm == "another program":
         torch.save({"of": "another program"}, path)
     source = "MNIST" if harm == "another dataset" else "my digits/"
     before = path.read_bytes()
-    assert not script.is_usable(path, source)
+    assert not script.is_usable(path, source, (3, 8, 8))
     out = capsys.readouterr().out
     assert out.startswith(f"Training from scratch, because {path} does not fit: ")
     assert out.count("\n") == 1, "one line"
     assert harm != "another dataset" or "my digits/" in out
     assert path.read_bytes() == before
     path.unlink()
-    assert not script.is_usable(path, source) and capsys.readouterr().out == ""
+    assert not script.is_usable(path, source, (3, 8, 8)) and capsys.readouterr().out == ""
 
 
 def test_a_network_of_02_for_images_of_another_size_is_not_used(project, figures):

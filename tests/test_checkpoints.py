@@ -191,17 +191,20 @@ def test_with_its_own_it_goes_on(trained, name):
 def test_04_tells_what_it_can_use(trained, tmp_path, capsys):
     name = "04_ddim_fast_sampling.py"
     module = load(trained.folder / name)
-    assert module.is_usable(path_of(trained, "02_ddpm.py"), "MNIST")
-    assert module.is_usable(path_of(trained, name), "MNIST")
-    assert not module.is_usable(tmp_path / "none.pt", "MNIST")
+    of_02, shape = path_of(trained, "02_ddpm.py"), (1, 28, 28)
+    assert module.is_usable(of_02, "MNIST", shape)
+    assert module.is_usable(path_of(trained, name), "MNIST", shape)
+    assert not module.is_usable(tmp_path / "none.pt", "MNIST", shape)
     assert capsys.readouterr().out == "", "no reason to say anything"
-    assert not module.is_usable(path_of(trained, "02_ddpm.py"), "FashionMNIST")
-    assert "it was trained on MNIST" in capsys.readouterr().out
+    for others in ("FashionMNIST", shape), ("MNIST", (1, 32, 32)):
+        assert not module.is_usable(of_02, *others)
+        said = capsys.readouterr().out
+        assert "it was trained on" in said and "MNIST" in said and "28" in said
     for kind in KINDS:
         path = tmp_path / "checkpoint.pt"
         path.write_bytes(bad_contents(trained, tmp_path, name, "checkpoint.pt", kind))
         with inside(tmp_path):
-            assert not module.is_usable(path, "MNIST"), kind
+            assert not module.is_usable(path, "MNIST", shape), kind
         said = capsys.readouterr().out
         assert said.startswith(f"Training from scratch, because {path} does not fit: "), kind
         assert said.count("\n") == 1, f"one line for a file that is {kind}: {said}"

@@ -335,7 +335,7 @@ def test_a_checkpoint_describes_itself(tmp_path, monkeypatch):
 
 def test_drawn_test_images_are_others():
     images = script.draw_digits(100)[0][:, None]
-    kept, test = script.hold_out(images, "DRAWN", "nowhere", 32)
+    kept, test = script.hold_out(images, "DRAWN", "nowhere")
     assert kept is images and test.shape == (1000, 1, 28, 28) and test.dtype == torch.uint8
     assert not (test[:, None] == images[None, :50]).flatten(2).all(2).any()
 
@@ -344,11 +344,11 @@ def test_those_of_a_dataset_are_its_own(project, monkeypatch):
     data, (images, labels) = project.folder / "data", draw_digits(50, seed=3)
     project.lay_mnist(images, labels)
     train = torch.zeros(7, 1, 28, 28)
-    kept, test = script.hold_out(train, "MNIST", data, 32)
+    kept, test = script.hold_out(train, "MNIST", data)
     assert kept is train and torch.equal(test, images[:, None])
     project.lay_cifar10(50)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
-    kept, test = script.hold_out(train, "CIFAR10", data, 32)
+    kept, test = script.hold_out(train, "CIFAR10", data)
     assert kept is train and test.shape == (10, 3, 32, 32) and test.dtype == torch.uint8
     assert (test == test[:, :, :1, :1]).all(), "each image is of one colour"
 
@@ -357,7 +357,7 @@ def test_those_of_a_dataset_are_its_own(project, monkeypatch):
 def test_of_ones_own_images_every_twentieth_is_kept_back(name):
     for count in 1, 39, 40, 41, 25_000:
         images = torch.arange(count).view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
-        kept, test = script.hold_out(images, name, "nowhere", 32)
+        kept, test = script.hold_out(images, name, "nowhere")
         numbers = test[:, 0, 0, 0].tolist()
         assert numbers == list(range(0, count, 20))[:1000]
         assert len(kept) == count - math.ceil(count / 20)

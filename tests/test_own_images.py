@@ -330,6 +330,6 @@ def test_05_holds_out_every_20th_image_whatever_the_folder_is_called(tmp_path, n
     """torchvision has things of these names, too."""
     module = load("05_latent_diffusion.py")
     images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
-    train, test = module.hold_out(images, name, tmp_path, 8)
+    train, test = module.hold_out(images, name, tmp_path)
     assert test[:, 0, 0, 0].tolist() == list(range(0, count, 20))
     assert sorted([*train[:, 0, 0, 0].tolist(), *range(0, count, 20)]) == list(range(count))

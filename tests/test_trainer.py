@@ -289,6 +289,18 @@ def test_another_batch_size_goes_on_with_the_images_that_are_left(make):
     assert sorted(torch.cat(seen[2:12]).tolist()) == list(range(40))
 
 
+@pytest.mark.parametrize("size", [1, 3, 6, 16, 40])
+def test_another_batch_size_means_the_same_share_of_the_training(make, size):
+    """Also where it does not divide the number of images: what was finished stays finished."""
+    trainer = make()
+    trainer.step = trainer.total_steps
+    trainer.save()
+    assert make(BATCH_SIZE=size).step == 4 * (40 // size)
+    trainer.step = trainer.total_steps // 2
+    trainer.save()
+    assert make(BATCH_SIZE=size).step == 2 * (40 // size)
+
+
 def test_extras_are_kept(make):
     trainer = make()
     trainer.extras["curve"] = ([1, 2], [0.5, 0.25])

@@ -250,7 +250,7 @@ def image_table(rows, path, column_names=(), title="", note=""):
     if len(lengths) != 1:
         raise ValueError(f"rows and column names differ in length: {sorted(lengths)}")
     columns, longest = lengths.pop(), max(map(len, rows))
-    fig = _figure(0.75 * columns + 0.5 + 0.085 * longest, 0.75 * len(rows) + 1.1, title, note)
+    fig = _figure(0.75 * columns + 0.6 + 0.1 * longest, 0.75 * len(rows) + 1.1, title, note)
     images = torch.cat([images.cpu() for images in rows.values()])
     _show_tiles(fig.subplots(), images, columns, column_names, list(rows))
     return _save(fig, path)
