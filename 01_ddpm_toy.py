@@ -182,9 +182,9 @@ class SimpleDDPM:
         noise_pred = self.model(x_t, torch.full((len(x_t),), t, device=self.device))
         beta_t, alpha_t, alpha_bar_t = self.betas[t], self.alphas[t], self.alphas_cumprod[t]
         # Why is the noise enough? Eq. 4, solved for x_0, turns predicted noise into an image,
-        # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  The squared error makes it the mean of
-        # all x_0 that x_t may have come from: a blur (specks at first: 1/√ᾱ_t magnifies errors). So
-        # we take one small step, whose mean is right if x_0 = x̂_0 (Eq. 7 to 11), and predict again.
+        # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  The squared error makes it the mean
+        # of all x_0 that x_t may come from: a blur (specks at first: 1/√ᾱ_t magnifies errors). So
+        # we take a small step, whose mean is right if x_0 = x̂_0 (Eq. 7 to 11), and predict again.
         x_0_pred = ((x_t - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()).clamp(-1, 1)
         # (02 puts the clamped x̂_0 into Eq. 7, which stops errors, with σ_t² = β̃_t: section 3.2.)
         # DDPM Alg. 2, line 4:  x_{t−1} = 1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ) + σ_t · z,  σ_t² = β_t

@@ -113,7 +113,8 @@ def load_folder(folder, size):
     Each subfolder is a class, named after it; the images outside of subfolders are one more.
     """
     kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    files = sorted(f for f in folder.rglob("[!.]*") if f.suffix.lower() in kinds)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds)
+    files = [f for f in files if "/." not in f"/{f.relative_to(folder).as_posix()}"]  # not hidden
     if not files:
         sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder of images.")
     names = [f.relative_to(folder).parts[0] if f.parent != folder else folder.name for f in files]
@@ -708,20 +709,22 @@ class Trainer:
 
     def resume(self, fixed):
         """Go on from the checkpoint; if that is impossible, end the program and leave it alone."""
+        line = f"Cannot go on from {self.path}: {{}}. To start from scratch, delete the file or "
+        line += "set another OUT_DIR."
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             for name in fixed:
                 old, new = state["settings"][name], self.settings[name]
                 if old != new:
-                    raise ValueError(f"{name} was {old!r} and now is {new!r}")
+                    sys.exit(line.format(f"{name} was {old!r} and now is {new!r}"))
             for name in self.STATES:
                 if state[name]:  # the scaler's is empty unless the precision is float16
                     getattr(self, name).load_state_dict(state[name])
             for name in self.VALUES:
                 setattr(self, name, state[name])
-        except Exception as error:  # other settings, cut short, damaged, another program's file
-            hint = "To start from scratch, delete the file or set another OUT_DIR."
-            sys.exit(f"Cannot go on from {self.path}: {' '.join(str(error).split())[:200]}. {hint}")
+        except Exception as error:  # cut short, damaged, another program's file
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            sys.exit(line.format(f"it is damaged or not from this script ({reason})"))
         # With another BATCH_SIZE an epoch has more or fewer steps: go on at the same share of it.
         steps_per_epoch = max(1, self.count // state["settings"]["BATCH_SIZE"])
         self.step = self.step * self.steps_per_epoch // steps_per_epoch
@@ -962,7 +965,8 @@ def is_usable(path, source, shape):
         trained_on = saved["DATASET"], tuple(saved["IMAGE_SHAPE"])
         assert trained_on == (source, tuple(shape)), f"it was trained on {trained_on}"
     except Exception as error:
-        print(f"Training from scratch, because {path} does not fit: {str(error)[:200]}.")
+        reason = " ".join(str(error).split())[:200]
+        print(f"Training from scratch, because {path} does not fit: {reason}.")
         return False
     return True
 
@@ -990,7 +994,8 @@ CHECKS = (  # constants, the condition that each must meet, and the same in word
     ("DDIM_STEPS", lambda v: is_whole(v) and v <= T, "a whole number from 1 to T"),  # NEW in 04
     ("ETA", lambda v: 0 <= v <= 1, "a number from 0 to 1"),  # NEW in 04
     ("SCHEDULE", lambda v: v in SCHEDULES, "'linear' or 'cosine'"),
-    ("CHANNEL_MULT ATTENTION_AT", lambda v: all(map(is_whole, v)), "like (1, 2, 4)"),
+    ("CHANNEL_MULT", lambda v: v and all(map(is_whole, v)), "like (1, 2, 4)"),
+    ("ATTENTION_AT", lambda v: all(map(is_whole, v)), "like (14, 16), or ()"),
     ("DROPOUT EMA_DECAY", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
     ("LEARNING_RATE", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
     ("SAVE_EVERY PREVIEW_EVERY", lambda v: v > 0, "a number of minutes above 0"),
@@ -1008,6 +1013,7 @@ def check_settings(constants):
             value = constants[name]
             try:
                 value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers
+                value = tuple(value) if isinstance(value, list) else value
                 value = Path(value).expanduser() if "_DIR" in name else value
                 assert works(value)
             except Exception:  # also what comes of None < 2
@@ -1019,6 +1025,7 @@ def check_settings(constants):
 if __name__ == "__main__":
     sys.excepthook = end_with_one_line
     settings = check_settings(globals())
+    globals().update(settings)  # from here on the constants are plain Python
     data_dir, out_dir, out_dir_02 = map(settings.pop, ("DATA_DIR", "OUT_DIR", "OUT_DIR_02"))
     rank, world = join_processes()
     device = pick_device()

@@ -34,6 +34,7 @@ SMALL = {
     "BATCH_SIZE": 20,
 }
 EACH_STEP = 1e-9  # minutes
+FIGURES = "save_results", "timestep_losses"  # not drawn where there is nothing to learn from them
 
 
 def prepare(project, count=200, **constants):
@@ -105,14 +106,17 @@ def test_from_start_to_pictures_and_again(project, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals that Windows has not")
-def test_interrupted_it_arrives_at_the_same_weights(project):
+def test_interrupted_it_arrives_at_the_same_weights(project, monkeypatch):
     """Ctrl-C at a random moment: the last bit of every weight must not notice.
 
     tests/drills.py does the same with kill -9, many times to each script. Afterwards the model is
     there to play with, without dropout: python -i.
     """
     prepare(project, count=100, EPOCHS=4, BATCH_SIZE=10, DROPOUT=0.5)
-    assert project.run_here(SCRIPT).returncode == 0
+    with monkeypatch.context() as patch:
+        for name in FIGURES:
+            patch.setattr(utils.visualize, name, lambda *_, **__: None)
+        assert project.run_here(SCRIPT).returncode == 0
     folder = project.folder / "outputs" / "02_ddpm"
     folder.rename(folder.with_name("undisturbed"))
     project.edit(SCRIPT, SAVE_EVERY=EACH_STEP)
@@ -147,7 +151,7 @@ def test_interrupted_it_arrives_at_the_same_weights(project):
 def test_two_processes_share_the_work(project, monkeypatch):
     """The same total batch: the same loss within noise, one bar, equal weights on both."""
     prepare(project, count=400, EPOCHS=1)
-    for name in "save_results", "timestep_losses":  # nothing to learn from the pictures here
+    for name in FIGURES:
         monkeypatch.setattr(utils.visualize, name, lambda *_, **__: None)
     assert project.run_here(SCRIPT).returncode == 0
     alone = read_checkpoint(project)
