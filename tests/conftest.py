@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks: threads that wait for each other cost time
+
 import numpy as np
 import pytest
 import torch

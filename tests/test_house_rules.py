@@ -69,7 +69,7 @@ def test_layout_of_a_script(path):
     for (_, title), section in zip(headings, sections):
         assert re.match(rf"{section}\b", title), f"{title} should be {section}"
     assert max(len(line) for line in text.splitlines()) <= 100
-    assert 25 <= len(ast.get_docstring(tree).splitlines()) <= 45
+    assert 20 <= len(ast.get_docstring(tree).splitlines()) <= 45
     last = tree.body[-1]
     assert isinstance(last, ast.If) and "__main__" in ast.unparse(last.test)
     assert last.end_lineno - last.lineno <= (60 if number in ("04", "05") else 45)

@@ -149,6 +149,7 @@ def test_files_named_are_those_that_the_scripts_leave():
         for name in re.findall(r"`([\w.]+\.(?:png|gif|pt))`", section(script.name)):
             stem = name.split("001234")[0]
             text = script.read_text(encoding="utf-8")
+            text += (ROOT / "utils" / "visualize.py").read_text(encoding="utf-8")
             assert stem in text, f"{script.name} leaves no {name}"
 
 
