@@ -2,9 +2,9 @@
 
     python -m pytest tests/drills.py -v
 
-takes about MINUTES on two CPU cores; `pytest tests` leaves it out. In each drill the script runs as
-a program of its own, something goes wrong, and then: nothing that was good is gone or broken, and
-the same command, run again, succeeds. Needs Linux or macOS.
+takes long, most of it for the kills; `pytest tests` leaves it out. In each drill the script runs
+as a program of its own, something goes wrong, and then: nothing that was good is gone or broken,
+and the same command, run again, succeeds. Needs Linux or macOS.
 """
 
 import io
