@@ -422,7 +422,7 @@ def loss_per_timestep(ddpm, x_0, count=50):
     x_0 (B, C, H, W) in [-1, 1]. The noise is the same at every call: two networks can be compared.
     """
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
-    # Not T - 1: there the error is nothing but rounding.
+    # Not T - 1: there β is clipped, and the error says nothing that the one at T - 2 does not.
     timesteps = torch.linspace(0, ddpm.T - 2, min(count, ddpm.T - 1)).round().long().tolist()
     errors = []
     for timestep in timesteps:
@@ -575,14 +575,14 @@ class Trainer:
 
     def resume(self, fixed):
         """Go on from the checkpoint; if that is impossible, end the program and leave it alone."""
-        line = f"Cannot go on from {self.path}: {{}}. To start from scratch, delete the file or "
-        line += "set another OUT_DIR."
+        begin = f"Cannot go on from {self.path}:"
+        hint = "To start from scratch, delete the file or set another OUT_DIR."
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             for name in fixed:
                 old, new = state["settings"][name], self.settings[name]
                 if old != new:
-                    sys.exit(line.format(f"{name} was {old!r} and now is {new!r}"))
+                    sys.exit(f"{begin} {name} was {old!r} and now is {new!r}. {hint}")
             for name in self.STATES:
                 if state[name]:  # the scaler's is empty unless the precision is float16
                     getattr(self, name).load_state_dict(state[name])
@@ -590,7 +590,7 @@ class Trainer:
                 setattr(self, name, state[name])
         except Exception as error:  # cut short, damaged, another program's file
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            sys.exit(line.format(f"it is damaged or not from this script ({reason})"))
+            sys.exit(f"{begin} it is damaged or not from this script ({reason}). {hint}")
         # With another BATCH_SIZE an epoch has more or fewer steps: go on at the same share of it.
         steps_per_epoch = max(1, self.count // state["settings"]["BATCH_SIZE"])
         self.step = self.step * self.steps_per_epoch // steps_per_epoch
@@ -783,7 +783,7 @@ if __name__ == "__main__":
     globals().update(settings)  # from here on the constants are plain Python
     data_dir, out_dir = settings.pop("DATA_DIR"), settings.pop("OUT_DIR")
     rank, world = join_processes()
-    device = pick_device()
+    device = pick_device() if world == 1 or ON_GPU else torch.device("cpu")
     for turn in range(world):
         if turn == rank:  # the first process downloads, the others find the files
             images, _, _, source = load_dataset(DATASET, data_dir, IMAGE_SIZE)
@@ -812,7 +812,8 @@ if __name__ == "__main__":
     print(f"{count:,} images of {source}, {size:,} parameters, on {device}")
     if COMPILE:
         model.compile()
-    x_0, note = to_batch(images[:128]), f"{source}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
+    x_0 = to_batch(images[: min(128, BATCH_SIZE)])
+    note = f"{source}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
     for _ in trainer.run():  # pauses every PREVIEW_EVERY minutes
         if rank == 0:
             trainer.save()

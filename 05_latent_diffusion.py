@@ -604,7 +604,7 @@ def update_average(averaged, model, step, ema_decay):
 SAMPLER = LatentDiffusion  # what a checkpoint of this script holds
 SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
 NETWORK = "LATENT_SHAPE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"
-FIXED_VAE = "DATASET", "IMAGE_SHAPE", "LATENT_CH", "VAE_CH", "KL_WEIGHT"  # NEW in 05: of stage 1
+FIXED_VAE = "DATASET", "IMAGE_SHAPE", "LATENT_CH", "VAE_CH", "KL_WEIGHT", "VAE_EPOCHS"  # NEW in 05
 FIXED = (
     "VAE",
     *FIXED_VAE,
@@ -737,14 +737,14 @@ class Trainer:
 
     def resume(self, fixed):
         """Go on from the checkpoint; if that is impossible, end the program and leave it alone."""
-        line = f"Cannot go on from {self.path}: {{}}. To start from scratch, delete the file or "
-        line += "set another OUT_DIR."
+        begin = f"Cannot go on from {self.path}:"
+        hint = "To start from scratch, delete the file or set another OUT_DIR."
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             for name in fixed:
                 old, new = state["settings"][name], self.settings[name]
                 if old != new:
-                    sys.exit(line.format(f"{name} was {old!r} and now is {new!r}"))
+                    sys.exit(f"{begin} {name} was {old!r} and now is {new!r}. {hint}")
             for name in self.STATES:
                 if state[name]:  # the scaler's is empty unless the precision is float16
                     getattr(self, name).load_state_dict(state[name])
@@ -752,7 +752,7 @@ class Trainer:
                 setattr(self, name, state[name])
         except Exception as error:  # cut short, damaged, another program's file
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            sys.exit(line.format(f"it is damaged or not from this script ({reason})"))
+            sys.exit(f"{begin} it is damaged or not from this script ({reason}). {hint}")
         # With another BATCH_SIZE an epoch has more or fewer steps: go on at the same share of it.
         steps_per_epoch = max(1, self.count // state["settings"]["BATCH_SIZE"])
         self.step = self.step * self.steps_per_epoch // steps_per_epoch
@@ -1083,7 +1083,7 @@ if __name__ == "__main__":
     globals().update(settings)  # from here on the constants are plain Python
     data_dir, out_dir = settings.pop("DATA_DIR"), settings.pop("OUT_DIR")
     rank, world = join_processes()
-    device = pick_device()
+    device = pick_device() if world == 1 or ON_GPU else torch.device("cpu")
     for turn in range(world):
         if turn == rank:  # the first process downloads, the others find the files
             images, _, _, source = load_dataset(DATASET, data_dir, IMAGE_SIZE)

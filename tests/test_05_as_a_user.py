@@ -149,6 +149,9 @@ def test_what_may_change_and_what_may_not(project, without_pictures):
 
     refused("BASE_CH was 4 and now is 16", "checkpoint.pt", BASE_CH=16)
     refused("KL_WEIGHT was 0.002 and now is 0.5", "vae.pt", BASE_CH=4, KL_WEIGHT=0.5)
+    # Another autoencoder would make stage 2 worthless: it is refused before it is trained.
+    refused("VAE_EPOCHS was 1 and now is 2", "vae.pt", KL_WEIGHT=0.002, VAE_EPOCHS=2)
+    project.edit(SCRIPT, VAE_EPOCHS=1)
     # More passes through the latents, and smaller batches of them, need no other autoencoder.
     before = paths[1].read_bytes()
     project.edit(SCRIPT, KL_WEIGHT=0.002, EPOCHS=2, LEARNING_RATE=0.01, BATCH_SIZE=10)

@@ -295,11 +295,10 @@ def test_stage_1_does_not_care_about_settings_of_stage_2_but_about_its_own(tmp_p
     again = train_vae(images, path, BASE_CH=16, T=7, SCHEDULE="cosine", EPOCHS=9)
     assert script.digest_of(again) == before
     contents = path.read_bytes()
-    for name in "KL_WEIGHT", "VAE_CH", "LATENT_CH", "DATASET":
+    for name in "KL_WEIGHT", "VAE_CH", "LATENT_CH", "DATASET", "VAE_EPOCHS":
         with pytest.raises(SystemExit, match=f"{name} was .* and now is 'x'"):
             train_vae(images, path, **{name: "x"})
     assert path.read_bytes() == contents
-    assert script.digest_of(train_vae(images, path, VAE_EPOCHS=2)) != before, "trained on"
 
 
 def test_a_checkpoint_describes_itself(tmp_path, monkeypatch):
