@@ -42,7 +42,6 @@ import copy
 import io
 import math
 import os
-import random
 import socket
 import sys
 from functools import partial
@@ -70,23 +69,23 @@ from utils.visualize import (
 
 ON_GPU = torch.cuda.is_available()  # selects the larger defaults below
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", "DRAWN" (offline), or a folder of images
-IMAGE_SIZE = 32  # for a folder: its images are cropped to squares of so many pixels
+IMAGE_SIZE = 32  # for a folder: its images are cropped and resized to squares of this side
 T = 1000  # noise steps, in training and in sampling
 SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear" (DDPM)
 BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; DDPM's code has 128 for CIFAR-10
 CHANNEL_MULT = (1, 2, 4)  # channels of each level in multiples of BASE_CH; 28 → 14 → 7 pixels
 NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
-ATTENTION_AT = (14, 16)  # resolutions with self-attention (28 / 2, 32 / 2); the middle has it
+ATTENTION_AT = (14, 16) if ON_GPU else ()  # sides with attention; the middle always has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # regularisation for photographs
 FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirrored 3 is no digit
-EPOCHS = 30 if ON_GPU else 6  # passes through the data; CIFAR10 needs hundreds (DDPM: 2,000)
+EPOCHS = 30 if ON_GPU else 6  # times that an image is seen, on average; CIFAR10 needs hundreds
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
-LEARNING_RATE = 0.02  # the highest of the run, for Muon; halve it if the loss jumps up
-EMA_DECAY = 0.9999  # memory of the averaged weights; felt only in runs of over 90,000 steps
+LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps up
+EMA_DECAY = 0.9999  # limit for the averaged weights; reached only after 90,000 steps
 DDIM_STEPS = 50  # NEW in 04: network evaluations for an image, 1 ... T; try 10
 ETA = 0.0  # NEW in 04: new noise in each step; 0: none, 1: as much as a DDPM with these steps
-SAVE_EVERY = 2  # minutes from one checkpoint to the next; an interruption costs no more than these
-PREVIEW_EVERY = 5  # minutes from one grid of samples to the next
+SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
+PREVIEW_EVERY = 5  # minutes between grids of samples
 COMPILE = False  # True: use torch.compile; slow to start, then faster
 SEED = 0  # the same seed on the same CPU gives the same digits
 DATA_DIR = "data"  # datasets are looked for and downloaded here
@@ -110,21 +109,19 @@ def read_image(file, size):
 def load_folder(folder, size):
     """Return all images below a folder, uint8 (N, 3, size, size), labels (N,) and class names.
 
-    Each subfolder is a class, named after it; the images outside of subfolders are one more.
+    An image belongs to the class that its folder is named after. Hidden files do not count.
     """
     kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds)
-    files = [f for f in files if "/." not in f"/{f.relative_to(folder).as_posix()}"]  # not hidden
-    if not files:
-        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder of images.")
-    names = [f.relative_to(folder).parts[0] if f.parent != folder else folder.name for f in files]
-    class_names, images = sorted(set(names)), []
+    files = sorted(f for f in folder.rglob("[!.]*") if f.suffix.lower() in kinds)
+    if len(files) < 2:
+        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with images.")
+    class_names, images = sorted({file.parent.name for file in files}), []
     for file in tqdm(files, "Reading images", unit=" images"):
         try:
             images.append(read_image(file, size))
         except Exception as error:
             sys.exit(f"\n{file} cannot be read as an image ({error}): repair or remove it.")
-    labels = torch.tensor([class_names.index(name) for name in names])
+    labels = torch.tensor([class_names.index(file.parent.name) for file in files])
     return torch.stack(images), labels, class_names
 
 
@@ -148,6 +145,7 @@ def load_dataset(name, folder, size):
         reason = " ".join(str(error).split())
         print(f"{name} could be neither read from {folder} nor downloaded: {reason}")
         return load_dataset("DRAWN", folder, size) if name == "MNIST" else sys.exit(1)
+    # grey (N, H, W) → (N, 1, H, W), colour (N, H, W, 3) → (N, 3, H, W)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return images, labels, [c.split(" - ")[0] for c in data.classes], name  # MNIST: "0 - zero"
 
@@ -156,21 +154,21 @@ def load_dataset(name, folder, size):
 
 
 def linear_beta_schedule(T):
-    """Return β, float64 (T,): DDPM section 4, where T is 1000; 1000 / T, for other T, is ours."""
+    """Return β, float64 (T,): DDPM section 4; 1000 / T, for other T, as in Improved DDPM's code."""
     return (torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T).clamp(max=0.999)
 
 
 def cosine_beta_schedule(T):
-    """Return β of T steps, float64 (T,): Improved DDPM, section 3.2, with s = 0.008.
+    """NEW in 02. Return β of T steps, float64 (T,): Improved DDPM, section 3.2, with s = 0.008.
 
-    The linear schedule drowns an image too soon: the last fifth of its steps is almost pure noise
-    and teaches little. Here ᾱ falls along a cosine, evenly in the middle and gently at both ends.
+    The linear schedule destroys an image too early: its last fifth of the steps is almost pure
+    noise and teaches little. Here ᾱ falls evenly in the middle and gently at both ends.
     """
-    s = 0.008  # else the first steps would add so little noise that it is hard to predict
+    s = 0.008  # without it, the first steps add so little noise that it is hard to predict
     # Improved DDPM Eq. 17:  ᾱ_t = f(t) / f(0),  f(t) = cos²( (t/T + s) / (1 + s) · π/2 )
     t = torch.arange(T + 1, dtype=torch.float64)  # here as in the paper: 0 is the clean image
     f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
-    # β_t = 1 − ᾱ_t / ᾱ_{t−1}, cut off at 0.999: else ᾱ_T would be 0, and x̂_0 a division by it.
+    # β_t = 1 − ᾱ_t / ᾱ_{t−1}. The last would be 1 and ᾱ_T 0, so β is cut off at 0.999.
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
@@ -196,7 +194,7 @@ def timestep_embedding(t, dim):
 
 def group_norm(ch):
     """Return a GroupNorm for ch channels: 8 groups, or fewer where 8 does not divide ch."""
-    # It normalises each image by itself; BatchNorm would mix noise levels.
+    # It normalises each image by itself; BatchNorm would average over images with different t.
     return nn.GroupNorm(math.gcd(8, ch), ch)
 
 
@@ -208,12 +206,12 @@ def zero_init(layer):
 
 
 class Attention(nn.Module):
-    """Let each place of x (B, ch, H, W) gather from all other places what concerns it.
+    """NEW in 02. Let each position of x (B, ch, H, W) gather information from all others.
 
-    Each place holds a value, offers a key and asks a query; it receives the mean of all values,
-    weighted by how well their keys match its query. Several heads do so side by side, each with its
-    share of the channels. A convolution sees 3 × 3 places, attention sees the whole image at once;
-    but its cost grows with the square of their number, hence only at coarse levels.
+    Each position has a query, a key and a value. It receives the mean of all values, weighted by
+    how well their keys match its query. Several heads do so side by side, each with its share of
+    the channels. A convolution sees 3 × 3 positions, attention sees all of them; but its cost grows
+    with the square of the number of positions, so only coarse levels have it.
     """
 
     def __init__(self, ch):
@@ -227,13 +225,13 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
         query, key, value = qkv.transpose(-1, -2).unbind(1)  #        (B, heads, H·W, C/heads) each
-        # softmax(query · keyᵀ / √(C/heads)) · value, mostly without storing that (H·W)² matrix
+        # softmax(query · keyᵀ / √(C/heads)) · value
         h = F.scaled_dot_product_attention(query, key, value)
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a shortcut, steered by t; then, where wanted, attention.
+    """Two convolutions beside a shortcut, adjusted to t; then attention, if asked for.
 
     Takes x (B, in_ch, H, W) and t as `time` (B, time_dim), returns (B, out_ch, H, W).
     """
@@ -250,95 +248,94 @@ class ResBlock(nn.Module):
     def forward(self, x, time):
         scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)  # (B, out_ch, 1, 1) each
         h = self.conv_1(F.silu(self.norm_1(x)))
-        # Improved DDPM, appendix A: t scales and shifts the channels (DDPM only shifts them).
+        # t scales and shifts the channels: Improved DDPM, appendix A. (DDPM only shifts them.)
         h = F.silu(self.norm_2(h) * (1 + scale) + shift)
         return self.attention(self.shortcut(x) + self.conv_2(self.dropout(h)))
 
 
 class UNet(nn.Module):
-    """Guess the noise in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
+    """Predict the noise in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
 
-    From level to level the side halves: it must be divisible by 2 once per entry of ch_mult after
-    the first. attention_at: sides at which the blocks have attention. alphas_cumprod: ᾱ, float
-    (T,). precision: the dtype of convolutions and matrix products; float32 is the safe one.
+    For MNIST, with NUM_BLOCKS = 1 and BASE_CH = 16 (every output on the left is a skip):
+
+    28 × 28   conv_in (16) → block (16) ───── 2 skips ────→ 2 blocks (16) → conv_out
+                ↓ shrink                                      ↑ grow
+    14 × 14         └ block* (32) ─────────── 2 skips ────→ 2 blocks* (32)      * with attention
+                        ↓ shrink                              ↑ grow
+     7 × 7                  └ block (64) ──── 2 skips ────→ 2 blocks (64)
+                                └─→ middle_1* (64) → middle_2 (64) ┘
+
+    Each level after the first halves the side, which must be even each time. attention_at: sides
+    at which the blocks have attention. precision: the dtype of convolutions and matrix products.
     """
 
-    def __init__(
-        self,
-        image_shape,
-        base_ch,
-        ch_mult,
-        num_blocks,
-        attention_at,
-        dropout,
-        alphas_cumprod,
-        precision=torch.float32,
-    ):
+    def __init__(self, shape, base_ch, ch_mult, num_blocks, attention_at, dropout, precision):
         super().__init__()
-        channels, side, _ = image_shape
+        channels, side, _ = shape
         assert side % 2 ** (len(ch_mult) - 1) == 0, f"{side} pixels cannot be halved so often"
         self.precision, time_dim = precision, 4 * base_ch
         self.time = nn.Sequential(
             nn.Linear(2 * base_ch, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
         )
         self.conv_in = nn.Conv2d(channels, base_ch, 3, padding=1)
-        widths = [base_ch * mult for mult in ch_mult]
-        has_attention = [side // 2**level in attention_at for level in range(len(widths))]
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        ch, skip_channels = base_ch, [base_ch]  # of h now; of each output that is handed across
-        for level, width in enumerate(widths):
+        self.shrink, self.down = nn.ModuleList(), nn.ModuleList()
+        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
+        attention = [side // 2**level in attention_at for level in range(len(ch_mult))]
+        ch, skip_channels = base_ch, [base_ch]  # of h, and of each skip
+        for level, mult in enumerate(ch_mult):
             if level > 0:
-                self.down.append(nn.Conv2d(ch, ch, 3, stride=2, padding=1))
+                self.shrink.append(nn.Conv2d(ch, ch, 3, stride=2, padding=1))
                 skip_channels.append(ch)
+            self.down.append(nn.ModuleList())
             for _ in range(num_blocks):
-                self.down.append(ResBlock(ch, width, time_dim, dropout, has_attention[level]))
-                ch = width
+                block = ResBlock(ch, base_ch * mult, time_dim, dropout, attention[level])
+                self.down[level].append(block)
+                ch = base_ch * mult
                 skip_channels.append(ch)
         self.middle_1 = ResBlock(ch, ch, time_dim, dropout, attention=True)
         self.middle_2 = ResBlock(ch, ch, time_dim, dropout)
-        for level, width in reversed(list(enumerate(widths))):
-            for _ in range(num_blocks + 1):  # + 1 for what conv_in or the halving handed across
+        for level, mult in reversed(list(enumerate(ch_mult))):
+            self.up.append(nn.ModuleList())
+            for _ in range(num_blocks + 1):  # + 1: conv_in and shrink have a skip, too
                 in_ch = ch + skip_channels.pop()
-                self.up.append(ResBlock(in_ch, width, time_dim, dropout, has_attention[level]))
-                ch = width
+                block = ResBlock(in_ch, base_ch * mult, time_dim, dropout, attention[level])
+                self.up[-1].append(block)
+                ch = base_ch * mult
             if level > 0:
-                grow = nn.Upsample(scale_factor=2), nn.Conv2d(ch, ch, 3, padding=1)
-                self.up.append(nn.Sequential(*grow))
+                self.grow.append(nn.Conv2d(ch, ch, 3, padding=1))
         self.norm_out = group_norm(ch)
         self.conv_out = zero_init(nn.Conv2d(ch, channels, 3, padding=1))
-        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
 
     def forward(self, x_t, t):
-        # Mixed precision: in here products are computed with 16 bits where the hardware is fast at
-        # it; weights, sums over many values and everything outside stay float32.
+        # Mixed precision: products are computed with 16 bits if the GPU is fast at it; weights,
+        # sums over many values and everything outside stay float32.
         mixed = self.precision != torch.float32
         with torch.autocast(x_t.device.type, self.precision, enabled=mixed):
             time = self.time(timestep_embedding(t, self.time[0].in_features))
             time = F.silu(time)  #                                       (B, time_dim)
             h = self.conv_in(x_t)  #                                     (B, base_ch, side, side)
             skips = [h]
-            for layer in self.down:
-                h = layer(h, time) if isinstance(layer, ResBlock) else layer(h)
-                skips.append(h)
-            h = self.middle_2(self.middle_1(h, time), time)  #  (B, ch, side, side), the coarsest
-            for layer in self.up:
-                if isinstance(layer, ResBlock):
-                    h = layer(torch.cat([h, skips.pop()], dim=1), time)
-                else:
-                    h = layer(h)
-            h = self.conv_out(F.silu(self.norm_out(h)))  #               (B, channels, side, side)
-        # Near t = T, ε is almost x_t itself. So we add x_t here, and the network only learns h. The
-        # exact h is v = √ᾱ_t · ε − √(1−ᾱ_t) · x_0 (Salimans & Ho 2022, arXiv:2202.00512): with it
-        # the sum is ε.
-        alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return (1 - alpha_bar_t).sqrt() * x_t + alpha_bar_t.sqrt() * h.float()
+            for level, blocks in enumerate(self.down):
+                if level > 0:
+                    h = self.shrink[level - 1](h)  #                     (B, ch, side / 2, side / 2)
+                    skips.append(h)
+                for block in blocks:
+                    h = block(h, time)
+                    skips.append(h)
+            h = self.middle_2(self.middle_1(h, time), time)
+            for i, blocks in enumerate(self.up):  # from the coarsest level to the finest
+                if i > 0:
+                    h = self.grow[i - 1](F.interpolate(h, scale_factor=2))  # twice the side
+                for block in blocks:
+                    h = block(torch.cat([h, skips.pop()], dim=1), time)
+            return self.conv_out(F.silu(self.norm_out(h))).float()  #    (B, C, side, side)
 
 
 # %% 5. Loss and sampler
 
 
 class DDPM:
-    """The noise schedule around a network that guesses noise: its loss and its sampler.
+    """A network that predicts noise, with its noise schedule, its loss and its sampler.
 
     model: called as model(x_t, t), returns (B, C, H, W). betas: float64 (T,), each in (0, 1).
     image_shape: (C, H, W).
@@ -346,68 +343,59 @@ class DDPM:
 
     def __init__(self, model, betas, image_shape, device):
         self.model, self.T, self.image_shape, self.device = model, len(betas), image_shape, device
-        alphas = 1 - betas
-        alphas_cumprod = torch.cumprod(alphas, dim=0)
-        alphas_cumprod_prev = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)  # ᾱ of the step before
-        # DDPM Eq. 7: given x_t and x_0, x_{t−1} is Gaussian, with mean μ̃_t and variance β̃_t:
-        #   μ̃_t = √ᾱ_{t−1}·β_t / (1−ᾱ_t) · x_0 + √α_t·(1−ᾱ_{t−1}) / (1−ᾱ_t) · x_t
-        mean_factor_x_0 = alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod)
-        mean_factor_x_t = alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
-        #   β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t
-        posterior_variance = (1 - alphas_cumprod_prev) / (1 - alphas_cumprod) * betas
-        # Computed in float64, in which a product of 1000 factors is exact enough; used in float32.
-        self.alphas_cumprod = alphas_cumprod.float().to(device)
-        self.mean_factor_x_0 = mean_factor_x_0.float().to(device)
-        self.mean_factor_x_t = mean_factor_x_t.float().to(device)
-        self.posterior_std = posterior_variance.sqrt().float().to(device)
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # float64: the product of 1000 factors
+        self.alphas_cumprod = alphas_cumprod.float().to(device)  # ᾱ_t for a tensor t
+        self.betas = betas.tolist()
+        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t for an int; [-1]: the clean image's
 
     @classmethod
     def build(cls, state, device):
-        """Return what state["settings"], constants by name, describe, with the weights in state.
+        """Return the sampler that a checkpoint describes, with its averaged weights.
 
-        state: the contents of a checkpoint; if it holds no weights, those of the network are new.
+        state: the contents of the checkpoint: "settings", the constants by name, and "averaged",
+        the weights. Without the latter the network is untrained.
         """
         settings = state["settings"]
-        betas = SCHEDULES[settings["SCHEDULE"]](settings["T"])
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
-        architecture = [settings[name] for name in NETWORK]
-        model = UNet(*architecture, alphas_cumprod, best_precision(device))
+        model = UNet(*[settings[name] for name in NETWORK], best_precision(device))
         if "averaged" in state:
             model.load_state_dict(state["averaged"])
             model.eval().requires_grad_(False)
         model.to(device, memory_format=best_layout(device))
+        betas = SCHEDULES[settings["SCHEDULE"]](settings["T"])
         return cls(model, betas, settings["IMAGE_SHAPE"], device)
 
     def loss(self, x_0):
-        """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1, weighted."""
-        t = torch.randint(self.T, (len(x_0),), device=self.device)  # 0 ... T-1, all of them
+        """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1."""
+        t = torch.randint(self.T, (len(x_0),), device=self.device)  # any step, for each image
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
-        error = (noise - noise_pred).square().flatten(1).mean(dim=1)  # (B,)
-        # DDPM Eq. 14 is the plain mean of ‖ε − ε_θ(x_t, t)‖². Any weight for each t has the same
-        # ideal answer; ours is 1/√ᾱ_t. With our U-Net the error is ᾱ_t · ‖v − h‖²: where noise
-        # outweighs the image, and it is decided which digit it will be, so small that in a short
-        # training it hardly counts.
-        return (error / self.alphas_cumprod[t].sqrt()).mean()
+        return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖²
+
+    def predict(self, x_t, t):
+        """Return x_0_pred and noise_pred, (B, C, H, W) each, for x_t at step t, an int."""
+        noise_pred = self.model(x_t, torch.full((len(x_t),), t, device=self.device))
+        signal, spread = math.sqrt(self.alpha_bars[t]), math.sqrt(1 - self.alpha_bars[t])
+        # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t
+        return (x_t - spread * noise_pred) / signal, noise_pred
 
     def p_sample(self, x_t, t):
-        """Go one step back, from x_t (B, C, H, W) at step t, an int: return x_prev, x_0_pred."""
-        noise_pred = self.model(x_t, torch.full((len(x_t),), t, device=self.device))
-        alpha_bar_t = self.alphas_cumprod[t]
-        # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t
-        x_0_pred = (x_t - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()
-        # 1/√ᾱ_t magnifies what is wrong with ε_θ: where sampling begins 157 times with the linear
-        # schedule, 20,000 times with the cosine one. (Our U-Net undoes that, as it multiplies h by
-        # √ᾱ_t; one that returns ε itself does not.) No image has values beyond [-1, 1], so neither
-        # may x̂_0; DDPM's own code clamps it too. (Unclamped, all this is Algorithm 2, line 4, with
-        # σ_t² = β̃_t, one of the two choices of section 3.2.)
-        x_0_pred = x_0_pred.clamp(-1, 1)
-        # From strong noise x̂_0 is but a blur, the mean of all images it may be, so we go only one
-        # step towards it (DDPM Eq. 7), and add fresh noise to have as much as the network expects
-        # in an image of step t − 1.
-        x_prev = self.mean_factor_x_0[t] * x_0_pred + self.mean_factor_x_t[t] * x_t
-        if t > 0:  # Algorithm 2, line 3: none in the last step (β̃ is 0 there anyway, but β is not)
-            x_prev = x_prev + self.posterior_std[t] * torch.randn_like(x_t)
+        """Step back from x_t (B, C, H, W) at t, an int: return x_prev and x_0_pred."""
+        # NEW in 02: 1/√ᾱ_t magnifies the errors of ε_θ, at the start of sampling 157 times with the
+        # linear schedule and 20,000 times with the cosine one. No pixel is beyond [-1, 1], so x̂_0
+        # must not be either. DDPM's own code clamps it, too.
+        x_0_pred = self.predict(x_t, t)[0].clamp(-1, 1)
+        beta_t, alpha_bar_t = self.betas[t], self.alpha_bars[t]
+        alpha_bar_prev = self.alpha_bars[t - 1]  # 1 before t = 0
+        # DDPM Eq. 7, the mean of x_{t−1} if x_t and x_0 are known, with x̂_0 for x_0:
+        #   μ̃_t = √ᾱ_{t−1}·β_t / (1−ᾱ_t) · x̂_0 + √α_t·(1−ᾱ_{t−1}) / (1−ᾱ_t) · x_t
+        # and its variance,  β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t.  (Unclamped, this mean is that of
+        # Algorithm 2, line 4. 01 takes σ_t² = β_t; section 3.2 allows both.)
+        weight_x_0 = math.sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t)
+        weight_x_t = math.sqrt(1 - beta_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+        x_prev = weight_x_0 * x_0_pred + weight_x_t * x_t
+        if t > 0:  # Algorithm 2, line 3: no noise in the last step, where β̃ is 0
+            sigma_t = math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t)
+            x_prev = x_prev + sigma_t * torch.randn_like(x_t)
         return x_prev, x_0_pred
 
     @torch.no_grad()
@@ -436,12 +424,6 @@ class DDIM(DDPM):
     among those are some that skip most of the steps (section 4.2). Same arguments as DDPM.
     """
 
-    def __init__(self, model, betas, image_shape, device):
-        super().__init__(model, betas, image_shape, device)
-        # As alphas_cumprod, but with 64 bits, for 1 − ᾱ_t/ᾱ_prev below would lose its digits in 32.
-        # The 1 at the end is the clean image's, t = -1: alpha_bars[-1] is the last entry.
-        self.alpha_bars = [*torch.cumprod(1 - betas, dim=0).tolist(), 1.0]
-
     def timesteps(self, ddim_steps):
         """Return ddim_steps + 1 timesteps, evenly spread from T - 1 down to -1, the clean image.
 
@@ -455,14 +437,12 @@ class DDIM(DDPM):
         return [round(self.T * i / ddim_steps) - 1 for i in range(ddim_steps, -1, -1)]
 
     def predict(self, x_t, t):
-        """Return x_0_pred and noise_pred, the guesses for x_t (B, C, H, W) at step t, an int."""
-        noise_pred = self.model(x_t, torch.full((len(x_t),), t, device=self.device))
-        signal, spread = math.sqrt(self.alpha_bars[t]), math.sqrt(1 - self.alpha_bars[t])
-        # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t,  clamped as in p_sample
-        x_0_pred = ((x_t - spread * noise_pred) / signal).clamp(-1, 1)
-        # The same solved for ε. (The paper clamps nothing.) Image and noise must still add up to
-        # x_t, else η = 1 with all T steps would not be DDPM's p_sample.
-        return x_0_pred, (x_t - signal * x_0_pred) / spread
+        """As in DDPM, but clamped: return x_0_pred and noise_pred, (B, C, H, W) each."""
+        x_0_pred = super().predict(x_t, t)[0].clamp(-1, 1)
+        # The paper clamps nothing. Image and noise must still add up to x_t, else η = 1 with all T
+        # steps would not be p_sample:  ε̂ = (x_t − √ᾱ_t · x̂_0) / √(1−ᾱ_t)
+        noise_pred = x_t - math.sqrt(self.alpha_bars[t]) * x_0_pred
+        return x_0_pred, noise_pred / math.sqrt(1 - self.alpha_bars[t])
 
     def ddim_step(self, x_t, t, t_prev, eta):
         """Go from x_t (B, C, H, W) at t to any t_prev < t, both ints: return x_prev, x_0_pred."""
@@ -511,7 +491,7 @@ class DDIM(DDPM):
 
         x_0: (B, C, H, W) in [-1, 1]. ddim_steps: 1 ... T, as many as the way back will take; raises
         ValueError for others. With η = 0 and small steps DDIM follows a differential equation (DDIM
-        Eq. 14), which holds in both directions (section 5.4). Sampling asks the network at
+        Eq. 14), which holds in both directions (section 4.3). Sampling asks the network at
         the point where a step starts. Backwards, that point is the step's end and not yet known; so
         we ask at the point that we have, and err a little. Shorter steps err less.
         """
@@ -567,17 +547,18 @@ class DDIM(DDPM):
 
 
 def update_average(averaged, model, step, ema_decay):
-    """Move averaged weights a little towards those of the model after training step `step`.
+    """NEW in 02. Move averaged weights a little towards the model's, after training step `step`.
 
-    They sample better than the last weights, which still jump about. EMA, exponential moving
-    average:  average ← decay · average + (1 − decay) · weights.  It reaches back over about
-    1 / (1 − decay) steps. 10,000 of them would in a short training run be mostly the random weights
-    of the start, so at first it reaches back over a ninth of the steps so far.
+    Exponential moving average:  average ← decay · average + (1 − decay) · weights.  While the
+    learning rate is high, the weights fluctuate from step to step, and samples are better with
+    their average; at the end, at a rate near zero, the two hardly differ. The average covers about
+    1 / (1 − decay) steps, 10,000 for 0.9999. At first these would include the random weights of the
+    start, so decay is smaller, and the average covers a ninth of the steps so far.
     """
     decay = min(ema_decay, (1 + step) / (10 + step))
-    with torch.no_grad():  # foreach: one call for all weights
-        weights = list(model.parameters())
-        torch._foreach_lerp_(list(averaged.parameters()), weights, 1 - decay)
+    with torch.no_grad():
+        for average, weight in zip(averaged.parameters(), model.parameters()):
+            average.lerp_(weight, 1 - decay)
 
 
 SAMPLER = DDIM  # what a checkpoint of this script holds
@@ -628,11 +609,13 @@ def to_batch(images, flip=False):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update moves a matrix of weights about equally far in all directions.
+    """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
-    Adam works too, but needs more steps. weights: parameters of two or more dimensions; lr: about
-    0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes no
-    convolutions, and computes in bfloat16, which is slow on many CPUs.)
+    Gradients are large in a few directions (singular vectors) and small in most. Muon brings all to
+    the same size. A step takes 10 % longer than with Adam, and after the same minutes the Fréchet
+    distance is smaller by a third (see the README). weights: parameters of two or more dimensions;
+    lr: about 0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes
+    no convolutions, and computes in bfloat16, which is slow on many CPUs.)
     """
 
     def __init__(self, weights, lr):
@@ -656,9 +639,17 @@ class Muon(torch.optim.Optimizer):
                 weight.sub_(step_size * u.view_as(weight))
 
 
-def derive_seed(*parts):
-    """Return a seed made of its parts, such as (SEED, "step", 7): the same in every run."""
-    return random.Random(repr(parts)).getrandbits(63)
+def split_weights(model):
+    """Return the matrices inside the network, for Muon, and all other weights, for Adam.
+
+    Muon's authors leave the first layer, the last, vectors and embeddings to Adam. (They also
+    update query, key and value apart, which are rows of one matrix here.)
+    """
+    inner, outer = [], []
+    for name, weight in model.named_parameters():
+        at_the_ends = any(part in name for part in ("conv_in", "conv_out", "embedding"))
+        (outer if at_the_ends or weight.ndim == 1 else inner).append(weight)
+    return inner, outer
 
 
 def save_atomically(contents, path):
@@ -683,27 +674,21 @@ class Trainer:
     agree with it to go on. path: the checkpoint. rank, world: number of this process, of all.
     """
 
-    STATES = "model", "averaged", "muon", "adamw", "scaler"  # have a state_dict each
+    STATES = "model", "averaged", "muon", "adam"  # have a state_dict each
     VALUES = "step", "losses", "extras"
 
     def __init__(self, model, loss, count, settings, fixed, path, rank=0, world=1):
         self.model, self.loss, self.count, self.settings = model, loss, count, settings
         self.path, self.rank, self.world = path, rank, world
         self.averaged = copy.deepcopy(model).eval().requires_grad_(False)  # these weights sample
-        # Muon for the matrices inside the network. Its authors leave the first layer, the last, all
-        # vectors and embeddings to AdamW.
-        inner, outer = [], []
-        for name, weight in model.named_parameters():
-            at_the_ends = any(part in name for part in ("conv_in", "conv_out", "embedding"))
-            (outer if at_the_ends or weight.ndim == 1 else inner).append(weight)
+        inner, outer = split_weights(model)
         self.muon = Muon(inner, lr=0)  # train_step sets both learning rates
-        self.adamw = torch.optim.AdamW(outer, 0, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.adam = torch.optim.Adam(outer, 0, betas=(0.9, 0.99), fused=True)
         self.device, float16 = outer[0].device, getattr(model, "precision", None) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=float16)
         self.step, self.losses, self.recent = 0, [], []
         self.extras = {}  # whatever else the checkpoint should hold
-        self.steps_per_epoch = count // settings["BATCH_SIZE"]  # the rest waits for another epoch
-        self.total_steps = settings["EPOCHS"] * self.steps_per_epoch
+        self.total_steps = max(1, settings["EPOCHS"] * count // settings["BATCH_SIZE"])
         if path.exists():
             self.resume(fixed)
 
@@ -718,16 +703,15 @@ class Trainer:
                 if old != new:
                     sys.exit(f"{begin} {name} was {old!r} and now is {new!r}. {hint}")
             for name in self.STATES:
-                if state[name]:  # the scaler's is empty unless the precision is float16
-                    getattr(self, name).load_state_dict(state[name])
+                getattr(self, name).load_state_dict(state[name])
             for name in self.VALUES:
                 setattr(self, name, state[name])
+            # With another BATCH_SIZE there are more or fewer steps: the same share of them is done.
+            before = max(1, self.settings["EPOCHS"] * self.count // state["settings"]["BATCH_SIZE"])
+            self.step = self.step * self.total_steps // before
         except Exception as error:  # cut short, damaged, another program's file
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             sys.exit(f"{begin} it is damaged or not from this script ({reason}). {hint}")
-        # With another BATCH_SIZE an epoch has more or fewer steps: go on at the same share of it.
-        steps_per_epoch = max(1, self.count // state["settings"]["BATCH_SIZE"])
-        self.step = self.step * self.steps_per_epoch // steps_per_epoch
         print(f"Going on from {self.path}, step {self.step:,} of {self.total_steps:,}.")
 
     def save(self):
@@ -746,27 +730,27 @@ class Trainer:
             state |= {name: getattr(self, name) for name in self.VALUES}
             save_atomically({"settings": self.settings, **state}, self.path)
 
-    def train_step(self, index):
-        """Learn from the images at index (B,); return their loss, a tensor on the device."""
-        # Each step seeds its random numbers (t, noise, dropout, mirroring) with its own number:
-        # that is all the random state that going on needs.
-        torch.manual_seed(derive_seed(self.settings["SEED"], "step", self.step, self.rank))
+    def train_step(self):
+        """Learn from a batch of images drawn at random; return the loss, a tensor on the device."""
+        # The step's number seeds all that is random in it: images, t, noise, dropout, mirroring.
+        # So going on needs no other random state.
+        torch.manual_seed(hash((self.settings["SEED"], self.step, self.rank)))
+        size = math.ceil(self.settings["BATCH_SIZE"] / self.world)  # each GPU has its share
+        loss = self.loss(torch.randint(self.count, (size,), device=self.device))
         # The learning rate rises for 5 % of the steps and then falls to zero along a cosine.
         rise = (self.step + 1) / (0.05 * self.total_steps)
         fall = 0.5 + 0.5 * math.cos(math.pi * self.step / self.total_steps)
         rate = self.settings["LEARNING_RATE"] * min(rise, fall)
-        self.muon.param_groups[0]["lr"], self.adamw.param_groups[0]["lr"] = rate, rate / 5
-        loss = self.loss(index)
+        # Adam has a fifth of Muon's rate: at most 0.004, as in 01.
+        self.muon.param_groups[0]["lr"], self.adam.param_groups[0]["lr"] = rate, rate / 5
         self.model.zero_grad()
-        self.scaler.scale(loss).backward()  # the scaler does nothing unless it is float16
-        for optimizer in self.muon, self.adamw:
+        self.scaler.scale(loss).backward()  # the scaler acts only in float16
+        for optimizer in self.muon, self.adam:
             self.scaler.unscale_(optimizer)
-        # Both optimizers scale their updates; clipping keeps one freak batch out of their memories.
+        # Both optimizers remember past gradients: no freak batch should dominate them.
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        # float16: gradients that became infinite spoil the norm, and with it all others, so the
-        # step is left out, and the scaler scales less from now on.
-        if not self.scaler.is_enabled() or norm.isfinite():
-            for optimizer in self.muon, self.adamw:
+        for optimizer in self.muon, self.adam:  # neither, if float16 gradients became infinite
+            if not self.scaler.is_enabled() or norm.isfinite():
                 self.scaler.step(optimizer)
         self.scaler.update()
         self.step += 1
@@ -778,29 +762,22 @@ class Trainer:
 
         What the caller does when this yields has no influence on the training.
         """
-        size, seed = self.settings["BATCH_SIZE"], self.settings["SEED"]
-        saved = shown = now()
+        size, saved, shown = self.settings["BATCH_SIZE"], now(), now()
+        save_every = 60 * self.settings["SAVE_EVERY"]  # seconds
+        preview_every = 60 * self.settings["PREVIEW_EVERY"]
         sizes = {"total": self.total_steps * size, "initial": self.step * size}
-        bar = tqdm(desc="Training", unit=" images", disable=self.rank > 0, **sizes)
-        while self.step < self.total_steps:
-            epoch, first = divmod(self.step, self.steps_per_epoch)
-            generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-            order = torch.randperm(self.count, generator=generator)
-            batches = order[: self.steps_per_epoch * size].view(-1, size).to(self.device)
-            for index in batches[first:, self.rank :: self.world]:  # a share of each batch
-                self.recent.append(self.train_step(index))  # no .item(): it would wait for the GPU
+        with tqdm(desc="Training", unit=" images", disable=self.rank > 0, **sizes) as bar:
+            while self.step < self.total_steps:
+                self.recent.append(self.train_step())  # no .item(): it would wait for the GPU
                 bar.update(size)
                 if self.step % 50 == 0:
                     bar.set_postfix(loss=f"{torch.stack(self.recent[-50:]).mean():.4f}")
-                due = now() - saved > 60 * self.settings["SAVE_EVERY"]
-                if due or self.step == self.total_steps:
+                if self.step == self.total_steps or now() - saved > save_every:
                     self.save()
                     saved = now()
-                due = now() - shown > 60 * self.settings["PREVIEW_EVERY"]
-                if due and self.step < self.total_steps:
+                if self.step < self.total_steps and now() - shown > preview_every:
                     yield
                     shown = now()
-        bar.close()
 
 
 # %% 7. Figures
@@ -949,12 +926,6 @@ def join_processes():
     return rank, world
 
 
-def wait_for_all(world):
-    """Return when all processes have come here."""
-    if world > 1:
-        dist.barrier()
-
-
 def is_usable(path, source, shape):
     """NEW in 04. Return whether path is a checkpoint of 02 or 04 for such images (C, H, W)."""
     if not path.exists():
@@ -1032,10 +1003,9 @@ if __name__ == "__main__":
     for turn in range(world):
         if turn == rank:  # the first process downloads, the others find the files
             images, _, _, source = load_dataset(DATASET, data_dir, IMAGE_SIZE)
-        wait_for_all(world)
+        if world > 1:
+            dist.barrier()
     count, *shape = images.shape
-    if count < BATCH_SIZE or BATCH_SIZE % world:
-        sys.exit(f"BATCH_SIZE = {BATCH_SIZE} does not fit {count} images, {world} processes.")
     if shape[1] % 2 ** (len(CHANNEL_MULT) - 1):
         sys.exit(f"CHANNEL_MULT = {CHANNEL_MULT} halves {shape[1]} pixels too often: shorten it.")
     settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape)}
@@ -1072,7 +1042,6 @@ if __name__ == "__main__":
             if rank == 0:
                 trainer.save()
                 save_fast_preview(load(path), trainer, DDIM_STEPS, ETA, out_dir, note)
-        wait_for_all(world)
     if rank == 0:
         ddim = load(path)  # has the averaged weights; python -i keeps it at hand
         save_figures_of_sampling(ddim, path, settings, to_batch(images[:16]), out_dir, note)

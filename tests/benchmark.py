@@ -1,6 +1,7 @@
 """How good, how fast, how large? Runs the five scripts, scores their digits, prints the tables.
 
     python tests/benchmark.py            # all five, or e.g. `python tests/benchmark.py 02 04`
+    python tests/benchmark.py ladder     # what each improvement of 02 is worth: see ladder.py
 
 runs each script as it is, unless it has a finished run of it, and prints the tables of the README
 in Markdown. It needs Linux or macOS, MNIST in `data/` or a network to download it, and on two cores
@@ -44,6 +45,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts find `utils` beside them; so must this file
+from ladder import ladder  # noqa: E402
+
 from utils.visualize import image_table, trade_off  # noqa: E402
 
 OUT_DIR = ROOT / "outputs" / "benchmark"
@@ -439,7 +442,7 @@ def benchmark_04(judge):
             if (name, steps) == (f"DDIM, η = {module.ETA:g}", module.DDIM_STEPS):
                 default, default_samples = scores, samples
             printed = name.replace("η", "eta")
-            # The script's own table: sampler, calls of the network, seconds for 64 images, speed-up
+            # The script's own table: sampler, network evaluations, seconds for 64 images, speed-up
             timed = re.search(
                 rf"(?m)^ *{re.escape(printed)}  +{steps}  +([\d.]+)  +(.+) x$", output
             )
@@ -492,9 +495,11 @@ def processor():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["ladder"]:
+        sys.exit(ladder(sys.modules[__name__], Judge()))
     numbers = sys.argv[1:] or list(BENCHMARKS)
     if not set(numbers) <= set(BENCHMARKS):
-        sys.exit(f"Usage: python tests/benchmark.py [{'] ['.join(BENCHMARKS)}]")
+        sys.exit(f"Usage: python tests/benchmark.py ladder, or [{'] ['.join(BENCHMARKS)}]")
     for number in numbers:
         run(SCRIPTS[number])
     judge = Judge()

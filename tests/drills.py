@@ -84,9 +84,8 @@ def saved(project, script):
 
 
 def learned(checkpoint):
-    """What the training has made: not the settings, nor the curve that a preview has left."""
-    extras = {k: v for k, v in checkpoint["extras"].items() if not k.startswith("after")}
-    return {**{k: v for k, v in checkpoint.items() if k != "settings"}, "extras": extras}
+    """What the training has made: not the settings."""
+    return {k: v for k, v in checkpoint.items() if k != "settings"}
 
 
 def differences(one, other, where=""):

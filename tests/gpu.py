@@ -592,8 +592,7 @@ def script_on_cifar10(number, report, options):
         module = load_module(prepare(options, folder, SCRIPTS["02"], DATASET="CIFAR10"))
         batch = module.BATCH_SIZE
         trainer = make_trainer(module, some_images(10 * batch, (3, 32, 32)), device_at_hand())[1]
-        index = torch.arange(batch, device=trainer.device)
-        seconds = time_steps(partial(trainer.train_step, index), *steps_for(options, 10, 30))
+        seconds = time_steps(trainer.train_step, *steps_for(options, 10, 30))
         # A third of the time is for starting, sampling and the figures.
         constants["EPOCHS"] = max(1, int(0.65 * options.seconds * batch / seconds / 50_000))
         if options.rehearse:
@@ -678,8 +677,6 @@ def tail(log):
 
 def start_of_compile(report, options):
     """Step 4: seconds until the first compiled training step; fills the compiler's cache, too."""
-    import torch
-
     module = load_module(prepare(options, options.work / "measured", SCRIPTS["02"]))
     for width in (4,) if options.rehearse else (64, 128):
         precision = str(module.best_precision(device_at_hand()))[6:]
@@ -687,8 +684,7 @@ def start_of_compile(report, options):
             images = some_images(2 * module.BATCH_SIZE, (1, 28, 28))
             _, trainer = make_trainer(module, images, device_at_hand(), BASE_CH=width)
             compile_model(trainer.model, options)
-            index = torch.arange(module.BATCH_SIZE, device=trainer.device)
-            row["seconds to the first step"] = time_steps(partial(trainer.train_step, index), 0, 1)
+            row["seconds to the first step"] = time_steps(trainer.train_step, 0, 1)
 
 
 def precisions(report, options):
@@ -717,14 +713,13 @@ def short_training(module, images, compiled, row, options):
     count = len(images) // module.BATCH_SIZE
     warm_up, losses = count // 10, []
     _, trainer = make_trainer(module, images, device_at_hand(), EPOCHS=1)
-    order = torch.arange(count * module.BATCH_SIZE, device=trainer.device).view(count, -1)
     if compiled:
         compile_model(trainer.model, options)
-    for step, index in enumerate(order):
+    for step in range(count):
         if step == warm_up:
             wait_for_gpu()
             started = now()
-        losses.append(trainer.train_step(index))
+        losses.append(trainer.train_step())
     wait_for_gpu()
     row["steps/s"] = (count - warm_up) / (now() - started)
     row[f"loss after {count} steps"] = torch.stack(losses[-50:]).mean().item()
@@ -765,11 +760,11 @@ def their_unet(width, module, settings, device):
 
 
 def plain_step(sampler, net, x_0):
-    """Return a training step as that of the Trainer, with AdamW alone, on any network."""
+    """Return a training step as that of the Trainer, with Adam alone, on any network."""
     import torch
 
     weights = list(net.parameters())
-    optimizer = torch.optim.AdamW(weights, 2e-4, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.Adam(weights, 2e-4, betas=(0.9, 0.99), fused=True)
     average = [weight.detach().clone() for weight in weights]
 
     def step():
@@ -802,13 +797,13 @@ def operations(loss):
 
 
 def training_steps(report, options):
-    """Step 5: 02's training step, the same with AdamW alone, compiled, and that of diffusers."""
+    """Step 5: 02's training step, the same with Adam alone, compiled, and that of diffusers."""
     module = load_module(prepare(options, options.work / "measured", SCRIPTS["02"]))
     peak = bf16_peak(options)
     with report.row(network="a product of large matrices", BASE_CH=None) as row:
         row |= {"TFLOP/s": peak / 1e12, "share of peak": 1.0}
     names, widths = (
-        ("02, Muon", "02, AdamW", "diffusers, AdamW"),
+        ("02, Muon", "02, Adam", "diffusers, Adam"),
         (4,) if options.rehearse else (64, 128),
     )
     for name, width in (
@@ -831,19 +826,17 @@ def compare_with_diffusers(rows):
 
 def time_training_step(name, width, module, peak, row, options):
     """Time the training step of a network of this name and width, and fill the row."""
-    import torch
-
     device, batch = device_at_hand(), module.BATCH_SIZE
-    images, index = some_images(10 * batch, (1, 28, 28)), torch.arange(batch, device=device)
+    images = some_images(10 * batch, (1, 28, 28))
     x_0 = module.to_batch(images[:batch].to(device))
     sampler, trainer = make_trainer(module, images, device, BASE_CH=width)
-    net, step, settings = sampler.model, partial(trainer.train_step, index), trainer.settings
+    net, step, settings = sampler.model, trainer.train_step, trainer.settings
     if "diffusers" in name:
         sampler = copy.copy(sampler)
         net, sampler.model = their_unet(width, module, settings, device)
     flops = operations(lambda: sampler.loss(x_0))
     net.zero_grad()
-    if "AdamW" in name:
+    if "Adam" in name:
         step = plain_step(sampler, net, x_0)
     if "compiled" in name:
         compile_model(net, options)
@@ -897,8 +890,6 @@ def own_images(report, options):
 
 def pixels_or_latents(report, options):
     """Step 6: a training step of 05's U-Net at 128 pixels, on pixels and on latents."""
-    import torch
-
     folder, device = options.work / "latents", device_at_hand()
     module = load_module(prepare(options, folder, SCRIPTS["02"]))
     of_05 = load_module(prepare(options, folder, SCRIPTS["05"]))
@@ -906,7 +897,7 @@ def pixels_or_latents(report, options):
     settings = {name: getattr(of_05, name) for name in names}
     side, batch = (32, 2) if options.rehearse else (128, 16)
     small = side // getattr(of_05, "DOWNSAMPLE", 4)
-    index, rows = torch.arange(batch, device=device), []
+    rows = []
     for what, shape in ("pixels", (3, side, side)), ("latents", (of_05.LATENT_CH, small, small)):
         sizes = " × ".join(map(str, (batch, *shape)))
         with report.row(what=f"05's U-Net on {what}, {sizes}") as row:
@@ -914,7 +905,7 @@ def pixels_or_latents(report, options):
             free_memory()
             images = some_images(2 * batch, shape)
             _, trainer = make_trainer(module, images, device, BATCH_SIZE=batch, **settings)
-            seconds = time_steps(partial(trainer.train_step, index), *steps_for(options, 5, 20))
+            seconds = time_steps(trainer.train_step, *steps_for(options, 5, 20))
             row |= {"ms per step": 1000 * seconds, "images/s": batch / seconds}
             row["peak memory, GB"] = peak_memory()
             rows.append(row)

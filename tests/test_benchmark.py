@@ -1,5 +1,6 @@
 """The scores of tests/benchmark.py, where the answer is known."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import benchmark
@@ -63,6 +64,51 @@ def test_04_is_scored_with_the_network_that_it_sampled_with(tmp_path, monkeypatc
     own.touch()
     assert benchmark.path_of("04_ddim_fast_sampling.py") == own
     assert benchmark.path_of("02_ddpm.py") == of_02
+
+
+class Mean:
+    """In place of the classifier: the score of images is the mean of those of each class."""
+
+    def score(self, images, labels):
+        means = [images[labels == label].mean().item() for label in range(10)]
+        return {"means": means, "spread": 1.0}
+
+
+def test_guidance_is_scored_with_the_samples_of_03s_network(tmp_path, monkeypatch):
+    """An oracle in place of it: pixels of class c are from N(c / 10 - 0.5, 0.1²).
+
+    "No class" is the one around 0. The best ε of two such classes differ by a multiple of the
+    difference of their means; so a scale of s moves the mean to s times its place, as far as
+    pixels go.
+    """
+    script = benchmark.load(benchmark.SCRIPTS["03"])
+    betas = script.linear_beta_schedule(200)
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+
+    def network(x_t, t, labels):
+        assert t.shape == labels.shape == (len(x_t),)
+        a = alphas_cumprod[t].view(-1, 1, 1, 1)
+        mean = torch.where(labels == 10, 0.0, labels / 10 - 0.5).view(-1, 1, 1, 1)
+        return ((1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * 0.01 + 1 - a)).float()
+
+    names = [*"0123456789"]
+    ddpm = script.GuidedDDPM(network, betas, (1, 2, 2), torch.device("cpu"), 0.1, names)
+    state, results = {"settings": {"SCHEDULE": "linear"}, "averaged": {}}, {}
+    monkeypatch.setattr(benchmark, "OUT_DIR", tmp_path)
+    # Parts that begin with different labels.
+    monkeypatch.setattr(benchmark, "draw", partial(benchmark.draw, folder=tmp_path, size=333))
+    monkeypatch.setattr(benchmark, "SCALES", (0, 1, 2))
+    monkeypatch.setattr(benchmark, "read_checkpoint", lambda *_: (ddpm, state, "digest"))
+    monkeypatch.setattr(benchmark, "cost_of", lambda *_: {})
+    monkeypatch.setattr(benchmark, "trade_off", lambda scores, *_, **__: results.update(scores))
+    monkeypatch.setattr(benchmark, "in_words", dict)
+    row, samples = benchmark.benchmark_03(Mean())
+    assert len(samples) == benchmark.COUNT and list(results) == [0, 1, 2]
+    scores = {scale: score["means"] for scale, score in results.items()}
+    scores[script.GUIDANCE_SCALE] = row["means"]  # by DDPM, the others by DDIM
+    for scale, means in scores.items():
+        wanted = (scale * (torch.arange(10) / 10 - 0.5)).clamp(-1, 1)
+        assert means == pytest.approx(wanted.tolist(), abs=0.04), scale
 
 
 def test_samples_come_in_parts_and_are_kept_while_the_weights_are_the_same(tmp_path):

@@ -14,17 +14,17 @@ CPU = torch.device("cpu")
 
 
 class Network(nn.Module):
-    """A "network" that answers with a function of (x_t, t, ᾱ_t) and counts its calls."""
+    """A "network" that answers with ε, a function of (x_t, t, ᾱ_t), and counts its calls."""
 
     def __init__(self, function, alphas_cumprod):
         super().__init__()
         self.function, self.alphas_cumprod, self.calls = function, alphas_cumprod, []
 
     def forward(self, x_t, t):
-        assert (t == t[0]).all() and t.dtype == torch.int64
+        assert (t == t[0]).all() and t.dtype == torch.int64 and len(t) == len(x_t)
         self.calls.append(t[0].item())
-        alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1).to(x_t.dtype)
-        return self.function(x_t, t, alpha_bar_t)
+        alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return self.function(x_t.double(), t, alpha_bar_t).to(x_t.dtype)
 
 
 MEAN, STD = 0.1, 0.2  # of the Gaussian "images" whose noise the oracle knows exactly
@@ -127,7 +127,7 @@ def test_ddim_step_is_that_of_diffusers(function, schedule, eta):
         timesteps = ddim.timesteps(steps)
         for i in sorted({0, 1 % steps, steps // 2, steps - 1}):
             t, t_prev = timesteps[i], timesteps[i + 1]
-            x_t = torch.randn(3, 1, 4, 4)
+            x_t = torch.randn(3, 1, 4, 4, dtype=torch.float64)
             torch.manual_seed(7)
             ours, _ = ddim.ddim_step(x_t, t, t_prev, eta)
             torch.manual_seed(7)
@@ -136,7 +136,7 @@ def test_ddim_step_is_that_of_diffusers(function, schedule, eta):
             theirs = scheduler.step(
                 *(answer, t, x_t, eta), use_clipped_model_output=True, variance_noise=noise
             )
-            assert torch.allclose(ours, theirs.prev_sample, atol=2e-4), (steps, t)
+            assert torch.allclose(ours, theirs.prev_sample, rtol=0, atol=1e-9), (steps, t)
 
 
 @pytest.mark.parametrize("steps", [2, 5, 15, 30])
@@ -150,17 +150,20 @@ def test_dpm_solver_is_that_of_diffusers(schedule, steps):
         timestep_spacing="trailing",
         final_sigmas_type="zero",
     )
-    x_T = torch.randn(3, 1, 4, 4)
+    x_T = torch.randn(3, 1, 4, 4, dtype=torch.float64)
     ours = ddim.dpm_solver_sample(3, steps, x_T)
     scheduler.set_timesteps(timesteps=list(ddim.model.calls))  # they may be chosen freely
     assert scheduler.timesteps.tolist() == ddim.model.calls
+    # Their √(1−ᾱ) / √ᾱ has float32's digits, and the cosine schedule's first step divides by 5e-5.
+    sigmas = [math.sqrt(1 / ddim.alpha_bars[t] - 1) for t in [*ddim.model.calls, -1]]
+    assert torch.allclose(scheduler.sigmas, torch.tensor(sigmas), rtol=1e-4)
+    scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float64)
     assert len(ddim.model.calls) == steps and ddim.model.calls[0] == 999
     x_t = x_T
     for t in scheduler.timesteps:
         answer = ddim.model(x_t, torch.full((3,), t.item()))
         x_t = scheduler.step(answer, t, x_t).prev_sample
-    # Theirs has float32's digits of ᾱ, and the cosine schedule's first step divides by 5e-5.
-    assert torch.allclose(ours, x_t, atol=1e-2 if schedule == "cosine" else 1e-4)
+    assert torch.allclose(ours, x_t, rtol=0, atol=1e-5), "theirs rounds x_t to float32"
 
 
 # %% Against DDPM
@@ -170,21 +173,22 @@ def test_dpm_solver_is_that_of_diffusers(schedule, steps):
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_eta_1_over_all_steps_is_ddpm(function, schedule):
     """The means agree as functions of x_t, the spreads as numbers, and whole samples with them."""
-    ddim, _ = make(function, T=200, schedule=getattr(script, f"{schedule}_beta_schedule"))
+    ddim, betas = make(function, T=200, schedule=getattr(script, f"{schedule}_beta_schedule"))
+    ddpm = script.DDPM(ddim.model, betas, ddim.image_shape, CPU)
     for t in 199, 198, 100, 1, 0:
         x_t = torch.randn(4, 1, 4, 4)
         torch.manual_seed(3)
         ours, x_0_pred = ddim.ddim_step(x_t, t, t - 1, eta=1.0)
         torch.manual_seed(3)
-        theirs, their_x_0_pred = ddim.p_sample(x_t, t)
-        # p_sample has float32's digits, and the cosine schedule's first step divides by 5e-5.
-        assert torch.allclose(x_0_pred, their_x_0_pred, atol=1e-4 if t < 198 else 1e-2)
-        assert torch.allclose(ours, theirs, atol=1e-4), t
+        theirs, their_x_0_pred = ddpm.p_sample(x_t, t)
+        assert torch.equal(x_0_pred, their_x_0_pred)
+        assert x_0_pred.abs().max() == 1 or function is oracle, "the clamp acts"
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6), t
     if function is oracle:  # the wild answer magnifies the last digits from step to step
         torch.manual_seed(5)
         ours = ddim.ddim_sample(8, 200, eta=1.0)
         torch.manual_seed(5)
-        assert torch.allclose(ours, ddim.sample(8), atol=1e-4)
+        assert torch.allclose(ours, ddpm.sample(8), rtol=0, atol=1e-5)
 
 
 def test_sigma_is_ddpms_posterior_deviation_in_double_precision(monkeypatch):
@@ -251,6 +255,20 @@ def test_no_film_of_noise_is_left():
         assert images.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_right_noise_gives_back_the_image(schedule):
+    """A network that answers with the noise that was mixed in: also by DDPM's own predict."""
+    x_0, noise = torch.randn(2, 8, 1, 4, 4, dtype=torch.float64)
+    x_0 = x_0.clamp(-1, 1)
+    ddim, betas = make(lambda *_: noise, schedule=getattr(script, f"{schedule}_beta_schedule"))
+    for t in 0, 10, 700, 998, 999:
+        a = torch.cumprod(1 - betas, dim=0)[t]
+        x_t = a.sqrt() * x_0 + (1 - a).sqrt() * noise
+        for x_0_pred, noise_pred in ddim.predict(x_t, t), script.DDPM.predict(ddim, x_t, t):
+            assert torch.allclose(x_0_pred, x_0, rtol=0, atol=1e-9), t
+            assert torch.allclose(noise_pred, noise, rtol=0, atol=1e-9), t
+
+
 def test_noise_is_recomputed_after_the_clamp():
     ddim, _ = make(wild)
     x_t = torch.randn(8, 1, 4, 4)
@@ -258,7 +276,7 @@ def test_noise_is_recomputed_after_the_clamp():
     assert x_0_pred.abs().max() == 1, "the clamp acts"
     a = ddim.alpha_bars[700]
     again = math.sqrt(a) * x_0_pred + math.sqrt(1 - a) * noise_pred
-    assert torch.allclose(again, x_t, atol=1e-5)
+    assert torch.allclose(again, x_t, rtol=0, atol=1e-6)
 
 
 # %% Sampling and back
@@ -332,4 +350,4 @@ def test_invert_then_sample_comes_back_the_better_the_more_steps():
     ddim.ddim_invert(x_0, 2)
     a, b = ddim.alpha_bars[0], ddim.alpha_bars[499]
     noise = oracle(x_0, None, torch.tensor(a, dtype=torch.float64))
-    assert torch.allclose(seen[1], math.sqrt(b) * x_0 + math.sqrt(1 - b) * noise, atol=1e-6)
+    assert torch.allclose(seen[1], math.sqrt(b) * x_0 + math.sqrt(1 - b) * noise, atol=1e-9)

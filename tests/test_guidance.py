@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load
+from diffusers import DDPMScheduler
 from torch import nn
 
 script = load("03_conditional_ddpm.py")
@@ -33,8 +34,8 @@ def make(function, T=1000, image_shape=(1, 2, 2), p_uncond=0.1, schedule=None):
 
 def make_model(random=True, num_classes=10):
     torch.manual_seed(0)
-    alphas_cumprod = torch.cumprod(1 - script.cosine_beta_schedule(1000), dim=0).float()
-    model = script.ConditionalUNet((1, 8, 8), 8, (1, 2), 1, (4,), 0.0, num_classes, alphas_cumprod)
+    sizes = (1, 8, 8), 8, (1, 2), 1, (4,), 0.0, num_classes
+    model = script.ConditionalUNet(*sizes, torch.float32)
     for parameter in model.parameters():
         if random and parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.3)
@@ -85,8 +86,8 @@ def test_labels_reach_the_optimizer_that_embeddings_need(tmp_path):
     model = make_model()
     settings = {"BATCH_SIZE": 5, "EPOCHS": 1}
     trainer = script.Trainer(model, None, 10, settings, (), tmp_path / "none.pt")
-    adamw = trainer.adamw.param_groups[0]["params"]
-    assert any(weight is model.label_embedding.weight for weight in adamw)
+    adam = trainer.adam.param_groups[0]["params"]
+    assert any(weight is model.label_embedding.weight for weight in adam)
     muon = trainer.muon.param_groups[0]["params"]
     assert not any(weight is model.label_embedding.weight for weight in muon)
 
@@ -109,6 +110,13 @@ def test_labels_are_withheld_image_by_image_at_the_stated_rate():
     assert all(0.05 < share < 0.15 for share in shares), "never all of a batch or none"
 
 
+def test_training_takes_every_step_equally_often():
+    ddpm = make(lambda x, t, c: torch.zeros_like(x), T=20)
+    ddpm.loss(torch.zeros(20_000, 1, 2, 2), torch.zeros(20_000, dtype=torch.int64))
+    counts = ddpm.model.asked[0][1].bincount()
+    assert len(counts) == 20 and counts.min() > 800 and counts.max() < 1200, "6 standard errors"
+
+
 @pytest.mark.parametrize(("p_uncond", "expected"), [(0.0, False), (1.0, True)])
 def test_all_or_none_can_be_withheld(p_uncond, expected):
     ddpm = make(lambda x, t, c: torch.zeros_like(x), p_uncond=p_uncond)
@@ -116,36 +124,94 @@ def test_all_or_none_can_be_withheld(p_uncond, expected):
     assert ((ddpm.model.asked[0][2] == NULL) == expected).all()
 
 
+def noise_of(x_0, x_t, t, ddpm):
+    """The noise ε in x_t of known images: x_t = √ᾱ x_0 + √(1−ᾱ) ε."""
+    a = torch.tensor(ddpm.alpha_bars, dtype=torch.float64)[t].view(-1, 1, 1, 1)
+    return ((x_t.double() - a.sqrt() * x_0.double()) / (1 - a).sqrt()).to(x_t.dtype)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_loss_is_zero_for_the_right_noise_and_as_large_as_its_error(schedule):
+    """A network that knows the images answers with ε; one that is off by 0.5 errs by 0.25."""
+    x_0, labels = torch.randn(400, 1, 2, 2).clamp(-1, 1), torch.arange(400) % 10
+    for off in 0.0, 0.5:
+        ddpm = make(None, schedule=getattr(script, f"{schedule}_beta_schedule"))
+        ddpm.model = Recorder(lambda x_t, t, _, d=ddpm, off=off: noise_of(x_0, x_t, t, d) + off)
+        assert ddpm.loss(x_0, labels).item() == pytest.approx(off**2, abs=1e-5)
+
+
 # %% Guidance
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_right_noise_gives_a_step_back_to_the_image(schedule):
+    x_0, noise = torch.randn(2, 5, 1, 2, 2, dtype=torch.float64)
+    x_0, labels = x_0.clamp(-1, 1), torch.arange(5)
+    ddpm = make(lambda *_: noise, schedule=getattr(script, f"{schedule}_beta_schedule"))
+    for t in 0, 10, 700, 998, 999:
+        a = math.prod(1 - beta for beta in ddpm.betas[: t + 1])
+        x_t = math.sqrt(a) * x_0 + math.sqrt(1 - a) * noise
+        for scale in 1, 3.0:  # both answers are the same here, so guidance changes nothing
+            ddpm.model.asked.clear()
+            x_prev, x_0_pred = ddpm.p_sample(x_t, t, labels, scale)
+            _, asked_t, asked_labels = ddpm.model.asked[0]
+            assert torch.equal(asked_t, torch.full((5,), t)) and torch.equal(asked_labels, labels)
+            assert torch.allclose(x_0_pred, x_0, rtol=0, atol=1e-9), (t, scale)
+            assert t > 0 or torch.allclose(x_prev, x_0, rtol=0, atol=1e-9), "the last step"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_step_back_is_that_of_diffusers(schedule):
+    ddpm = make(two_answers, schedule=getattr(script, f"{schedule}_beta_schedule"))
+    scheduler = DDPMScheduler(trained_betas=ddpm.betas, clip_sample=True)
+    scheduler.alphas_cumprod = torch.tensor(ddpm.alpha_bars[:-1], dtype=torch.float64)
+    scheduler.alphas = 1 - torch.tensor(ddpm.betas, dtype=torch.float64)
+    scheduler.betas = torch.tensor(ddpm.betas, dtype=torch.float64)
+    labels, clamped = torch.tensor([1, 2, 3, 4]), 0
+    for t in 0, 1, 10, 500, 998, 999:
+        for scale in 0, 1, 3.0:
+            x_t = 2 * torch.randn(4, 1, 2, 2, dtype=torch.float64)
+            torch.manual_seed(7)
+            ours, x_0_pred = ddpm.p_sample(x_t, t, labels, scale)
+            torch.manual_seed(7)
+            x_prev, x_0 = scheduler.step(
+                (0.7 + scale * (0.3 - 0.7)) * x_t, t, x_t, return_dict=False
+            )
+            clamped += (x_0_pred.abs() == 1).sum().item()
+            assert torch.allclose(x_0_pred, x_0, rtol=0, atol=1e-9), (t, scale)
+            assert torch.allclose(ours, x_prev, rtol=0, atol=1e-9), (t, scale)
+    assert 0 < clamped < 6 * 3 * 16, "the clamp acts on some"
 
 
 def two_answers(x_t, t, labels):
     """0.3 · x for labelled images, 0.7 · x for those without."""
-    return torch.where((labels == NULL).view(-1, 1, 1, 1), 0.7, 0.3) * x_t
+    return torch.where((labels == NULL).view(-1, 1, 1, 1), 0.7 * x_t, 0.3 * x_t)
 
 
-def test_scale_1_is_the_conditional_and_0_the_unconditional_guess_exactly_and_once():
+def test_scale_1_is_the_conditional_and_0_the_unconditional_guess_exactly():
     model = make_model()
     ddpm = script.GuidedDDPM(model, script.cosine_beta_schedule(1000), (1, 8, 8), CPU, 0.1, DIGITS)
-    x_t, t, labels = torch.randn(4, 1, 8, 8), torch.full((4,), 300), torch.tensor([1, 2, 3, 4])
-    assert torch.equal(ddpm.guided_noise(x_t, t, labels, 1), model(x_t, t, labels))
-    null = torch.full((4,), NULL)
-    assert torch.equal(ddpm.guided_noise(x_t, t, labels, 0), model(x_t, t, null))
-    for scale in (0, 1):
-        ddpm = make(two_answers)
-        ddpm.guided_noise(torch.ones(4, 1, 2, 2), t, labels, scale)
-        assert [len(asked[0]) for asked in ddpm.model.asked] == [4]
+    x_t, t = torch.randn(4, 1, 8, 8), torch.full((4,), 300)
+    labels, null = torch.tensor([1, 2, 3, 4]), torch.full((4,), NULL)
+    conditional, free = (model(x_t, t, guess) for guess in (labels, null))
+    assert torch.equal(ddpm.guided_noise(x_t, t, labels, 1), conditional)
+    assert torch.equal(ddpm.guided_noise(x_t, t, labels, 0), free)
+    assert not torch.allclose(conditional, free, atol=1e-2)
 
 
-@pytest.mark.parametrize("scale", [0.5, 2, 3.0, 7, 10])
+@pytest.mark.parametrize("scale", [0, 0.5, 1, 2, 3.0, 7, 10])
 def test_guidance_is_linear_in_the_two_guesses(scale):
-    """(1 + w) cond − w uncond with w = s − 1, the paper's form, in one pass of twice the batch."""
+    """(1 + w) cond − w uncond with w = s − 1, the paper's form; with w = 0, cond alone is asked."""
     ddpm = make(two_answers)
-    x_t, t, labels = torch.randn(4, 1, 2, 2), torch.full((4,), 300), torch.tensor([1, 2, 3, 4])
+    x_t, t = torch.randn(4, 1, 2, 2), torch.tensor([0, 300, 700, 999])
+    labels, null = torch.tensor([1, 2, 3, 4]), torch.full((4,), NULL)
     w = scale - 1
     expected = (1 + w) * 0.3 * x_t - w * 0.7 * x_t
     assert torch.allclose(ddpm.guided_noise(x_t, t, labels, scale), expected, atol=1e-5)
-    assert [len(asked[0]) for asked in ddpm.model.asked] == [8]
+    asked = [labels] if scale == 1 else [labels, null]
+    assert len(ddpm.model.asked) == len(asked)
+    for (x, asked_t, seen), wanted in zip(ddpm.model.asked, asked):
+        assert torch.equal(x, x_t) and torch.equal(asked_t, t) and torch.equal(seen, wanted)
 
 
 def test_embeddings_are_guided_like_the_labels_they_belong_to():
@@ -154,7 +220,7 @@ def test_embeddings_are_guided_like_the_labels_they_belong_to():
     x_t, t, labels = torch.randn(4, 1, 8, 8), torch.full((4,), 300), torch.tensor([1, 2, 3, 4])
     embeddings = model.label_embedding.weight[labels]
     by_labels = ddpm.guided_noise(x_t, t, labels, 3.0)
-    assert torch.allclose(ddpm.guided_noise(x_t, t, embeddings, 3.0), by_labels, atol=1e-6)
+    assert torch.equal(ddpm.guided_noise(x_t, t, embeddings, 3.0), by_labels)
 
 
 def test_without_labels_it_is_the_unconditional_model_whatever_the_scale():
@@ -163,7 +229,8 @@ def test_without_labels_it_is_the_unconditional_model_whatever_the_scale():
         torch.manual_seed(1)
         ddpm = make(two_answers, T=10)
         samples.append(ddpm.sample(5, labels, scale))
-        assert all(len(asked[0]) == 5 for asked in ddpm.model.asked)
+        assert all((asked[2] == NULL).all() for asked in ddpm.model.asked)
+        assert len(ddpm.model.asked) == (10 if scale == 1 or labels is None else 20)
     assert all(torch.equal(sample, samples[0]) for sample in samples)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from conftest import load
+from diffusers import DDIMScheduler
 from torch import nn
 
 from utils.visualize import draw_digits
@@ -134,15 +135,30 @@ def make(function, T=1000, scale=1.0, vae=None, shape=(4, 8, 8)):
     return script.LatentDiffusion(model, vae or PlainVAE(), scale, betas, shape, CPU)
 
 
-MEAN, STD = 2.0, 0.8  # of latents whose noise is known exactly; far outside of [-1, 1]
+MEAN, STD = 2.0, 0.8  # of latents whose v is known exactly; far outside of [-1, 1]
 
 
 def oracle(alphas_cumprod):
-    def noise(z_t, t):
-        a = alphas_cumprod[t].view(-1, 1, 1, 1)
-        return (1 - a).sqrt() * (z_t - a.sqrt() * MEAN) / (a * STD**2 + 1 - a)
+    """E[v | z_t] = √ᾱ E[ε | z_t] − √(1−ᾱ) E[z_0 | z_t], values independent from N(MEAN, STD²)."""
 
-    return noise
+    def v(z_t, t):
+        a = alphas_cumprod[t].view(-1, 1, 1, 1)
+        rest = (z_t - a.sqrt() * MEAN) / (a * STD**2 + 1 - a)
+        noise, z_0 = (1 - a).sqrt() * rest, MEAN + a.sqrt() * STD**2 * rest
+        return a.sqrt() * noise - (1 - a).sqrt() * z_0
+
+    return v
+
+
+def v_of(z_0, alphas_cumprod):
+    """The v of known latents: z_t = √ᾱ z_0 + √(1−ᾱ) ε gives ε, and v = √ᾱ ε − √(1−ᾱ) z_0."""
+
+    def v(z_t, t):
+        a = alphas_cumprod.double()[t].view(-1, 1, 1, 1)
+        noise = (z_t.double() - a.sqrt() * z_0) / (1 - a).sqrt()
+        return (a.sqrt() * noise - (1 - a).sqrt() * z_0).to(z_t.dtype)
+
+    return v
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -156,15 +172,52 @@ def test_sampling_with_an_oracle_gives_the_right_latents(eta):
 
 def test_no_clamp_touches_the_latents():
     """A latent of 5 survives, in a step and in the whole way."""
-
-    def five(z_t, t):
-        a = ldm.alphas_cumprod[t].view(-1, 1, 1, 1)
-        return (z_t - a.sqrt() * 5) / (1 - a).sqrt()
-
-    ldm = make(five)
+    ldm = make(None)
+    ldm.model = Network(v_of(5, ldm.alphas_cumprod))
     _, z_0_pred = ldm.ddim_step(torch.randn(3, 4, 8, 8), 600, 500, 0.0)
-    assert torch.allclose(z_0_pred, torch.tensor(5.0), atol=1e-2)
-    assert torch.allclose(ldm.sample(3, 20), torch.tensor(5.0), atol=1e-2)
+    assert torch.allclose(z_0_pred, torch.tensor(5.0), atol=1e-4)
+    assert torch.allclose(ldm.sample(3, 20), torch.tensor(5.0), atol=1e-4)
+
+
+def test_the_right_v_gives_the_latent_and_the_noise_that_were_mixed():
+    ldm = make(None)
+    z_0, noise = torch.randn(2, 3, 4, 8, 8)
+    z_0, asked = MEAN + 3 * z_0, []
+    right = v_of(z_0, ldm.alphas_cumprod)
+    ldm.model = Network(lambda z_t, t: asked.append(t) or right(z_t, t))
+    for t in 0, 10, 700, 998, 999:
+        z_t = script.q_sample(z_0, torch.full((3,), t), noise, ldm.alphas_cumprod)
+        z_0_pred, noise_pred = ldm.predict(z_t, t)
+        assert torch.equal(asked[-1], torch.full((3,), t))
+        # At t = 0 the test's own ε is a small difference, divided by 0.006.
+        assert torch.allclose(z_0_pred, z_0, atol=1e-4)
+        assert torch.allclose(noise_pred, noise, atol=1e-3 if t == 0 else 1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_step_is_that_of_diffusers(schedule, eta):
+    betas = getattr(script, f"{schedule}_beta_schedule")(1000)
+    network = Network(lambda z_t, t: 4 * torch.sin(3 * z_t + t.view(-1, 1, 1, 1) / 100))
+    ldm = script.LatentDiffusion(network, PlainVAE(), 1.0, betas, (4, 8, 8), CPU)
+    scheduler = DDIMScheduler(
+        trained_betas=betas.numpy(),
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    scheduler.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # theirs has float32's digits
+    scheduler.set_timesteps(50)
+    for t in 999, 979, 499, 39, 19:
+        z_t = torch.randn(3, 4, 8, 8)
+        torch.manual_seed(7)
+        ours, z_0_pred = ldm.ddim_step(z_t, t, t - 20, eta)
+        torch.manual_seed(7)
+        noise = torch.randn_like(z_t)
+        answer = network(z_t, torch.full((3,), t))
+        theirs = scheduler.step(answer, t, z_t, eta, variance_noise=noise)
+        assert torch.allclose(ours, theirs.prev_sample, atol=1e-5), t
+        assert torch.allclose(z_0_pred, theirs.pred_original_sample, atol=1e-5), t
 
 
 def test_scale_is_applied_on_the_way_in_and_undone_on_the_way_out():
@@ -184,12 +237,13 @@ def test_loss_of_the_oracle_is_the_unavoidable_one():
     ldm = make(None)
     ldm.model = Network(oracle(ldm.alphas_cumprod))
     z_0 = MEAN + STD * torch.randn(4000, 4, 2, 2)
+    # Var[z_0 | z_t] = (1−ᾱ) STD² / (ᾱ STD² + 1 − ᾱ), and v = (√ᾱ z_t − z_0) / √(1−ᾱ)
     a = ldm.alphas_cumprod.double()
-    unavoidable = a * STD**2 / (a * STD**2 + 1 - a)  # Var[ε | z_t]
-    wanted = (unavoidable / a.sqrt()).mean().item()
-    assert ldm.loss(z_0).item() == pytest.approx(wanted, rel=0.05)
-    ldm.model = Network(lambda z_t, t: 0 * z_t)
-    assert ldm.loss(z_0).item() > 1.2 * wanted
+    wanted = (STD**2 / (a * STD**2 + 1 - a)).mean().item()
+    assert ldm.loss(z_0).item() == pytest.approx(wanted, rel=0.03)
+    best = ldm.model.function
+    ldm.model = Network(lambda z_t, t: best(z_t, t) + 0.5)
+    assert ldm.loss(z_0).item() == pytest.approx(wanted + 0.5**2, rel=0.03)
 
 
 def test_from_a_noisy_latent_on():
@@ -211,11 +265,9 @@ def test_from_a_noisy_latent_on():
             ldm.sample(2, **bad)
     with pytest.raises(ValueError, match="1 to 6"):
         ldm.sample(z_t=z_t, start=5, ddim_steps=7)
-    ldm.model = Network(lambda z_t, t: (z_t - a[t[0]].sqrt() * 5) / (1 - a[t[0]]).sqrt())
-    a = ldm.alphas_cumprod
-    assert torch.allclose(
-        ldm.sample(z_t=z_t, start=300, ddim_steps=7), torch.tensor(5.0), atol=0.01
-    )
+    ldm.model = Network(v_of(5, ldm.alphas_cumprod))
+    images = ldm.sample(z_t=z_t, start=300, ddim_steps=7)
+    assert torch.allclose(images, torch.tensor(5.0), atol=1e-4)
     for steps in 0, 1001, 2.5, "x":
         with pytest.raises(ValueError, match="ddim_steps = "):
             ldm.sample(2, steps)
@@ -296,8 +348,8 @@ def test_stage_1_does_not_care_about_settings_of_stage_2_but_about_its_own(tmp_p
     assert script.digest_of(again) == before
     contents = path.read_bytes()
     for name in "KL_WEIGHT", "VAE_CH", "LATENT_CH", "DATASET", "VAE_EPOCHS":
-        with pytest.raises(SystemExit, match=f"{name} was .* and now is 'x'"):
-            train_vae(images, path, **{name: "x"})
+        with pytest.raises(SystemExit, match=f"{name} was .* and now is 99"):
+            train_vae(images, path, **{name: 99})
     assert path.read_bytes() == contents
 
 

@@ -36,8 +36,7 @@ def make(tmp_path, clock):
     def make(images=None, precision=torch.float32, rank=0, world=1, fixed=("T",), **settings):
         torch.manual_seed(0)
         betas = script.cosine_beta_schedule(50)
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0).float()
-        model = script.UNet((1, 8, 8), 8, (1,), 1, (), 0.1, alphas_cumprod, precision)
+        model = script.UNet((1, 8, 8), 8, (1,), 1, (), 0.1, precision)
         images = (torch.rand(40, 1, 8, 8) * 255).byte() if images is None else images
         ddpm = script.DDPM(model, betas, images.shape[1:], CPU)
 
@@ -79,7 +78,7 @@ def test_average_is_the_mean_of_the_recent_weights(make):
     trainer = make(EPOCHS=12)
     weights = [trainer.model.conv_in.weight.detach().clone()]
     for _ in range(50):
-        trainer.train_step(torch.randint(40, (8,)))
+        trainer.train_step()
         weights.append(trainer.model.conv_in.weight.detach().clone())
     shares = torch.zeros(51)
     shares[0] = 1.0
@@ -113,9 +112,9 @@ def test_learning_rate_rises_then_falls_to_zero(make):
     rates = []
     while trainer.step < trainer.total_steps:
         trainer.model.zero_grad(set_to_none=True)
-        trainer.train_step(torch.arange(8))
+        trainer.train_step()
         rates.append(trainer.muon.param_groups[0]["lr"])
-        assert trainer.adamw.param_groups[0]["lr"] == pytest.approx(rates[-1] / 5)
+        assert trainer.adam.param_groups[0]["lr"] == pytest.approx(rates[-1] / 5)
     assert rates[0] == pytest.approx(0.02 / 10) and rates[4] == pytest.approx(0.01)
     assert max(rates) == pytest.approx(0.02, rel=0.02) and 8 <= rates.index(max(rates)) <= 10
     assert rates[100] == pytest.approx(0.01) and 0 < rates[-1] < 5e-6
@@ -127,67 +126,77 @@ def test_gradients_are_clipped(make):
     trainer = make()
     good = trainer.loss
     trainer.loss = lambda index: 1e4 * good(index)
-    trainer.train_step(torch.arange(8))
-    gradients = [s["exp_avg"] / 0.1 for s in trainer.adamw.state.values()]
+    trainer.train_step()
+    gradients = [s["exp_avg"] / 0.1 for s in trainer.adam.state.values()]
     gradients += [s["average"] / 0.05 for s in trainer.muon.state.values()]
     norm = torch.stack([g.norm() for g in gradients]).norm()
     assert norm == pytest.approx(1.0, rel=1e-3)
 
 
 def test_each_weight_has_one_optimizer(make):
-    """Muon for matrices inside the network, AdamW for vectors and both ends."""
+    """Muon for matrices inside the network, Adam for vectors and both ends."""
     trainer = make()
     muon = trainer.muon.param_groups[0]["params"]
-    adamw = trainer.adamw.param_groups[0]["params"]
-    assert sorted(map(id, [*muon, *adamw])) == sorted(map(id, trainer.model.parameters()))
+    adam = trainer.adam.param_groups[0]["params"]
+    assert sorted(map(id, [*muon, *adam])) == sorted(map(id, trainer.model.parameters()))
     assert all(w.ndim > 1 for w in muon)
     ends = {trainer.model.conv_in.weight, trainer.model.conv_out.weight}
-    assert {w for w in adamw if w.ndim > 1} == ends
+    assert {w for w in adam if w.ndim > 1} == ends
 
 
-def test_float16_leaves_a_step_out_whose_gradients_are_infinite(make):
+@pytest.mark.parametrize("where", ["everywhere", "in one optimizer"])
+def test_float16_leaves_weights_alone_whose_gradients_are_infinite(make, where):
     trainer = make(precision=torch.float16)
-    before = [w.detach().clone() for w in trainer.model.parameters()]
+    trainer.train_step()  # the optimizers have something to remember
+    before = {name: w.detach().clone() for name, w in trainer.model.named_parameters()}
     scale = trainer.scaler.get_scale()
-    trainer.loss = lambda index: 1e36 * some_loss(trainer)
-    trainer.train_step(torch.arange(8))
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
-    assert trainer.step == 1 and trainer.scaler.get_scale() == scale / 2
+    if where == "everywhere":
+        trainer.loss = lambda index: 1e36 * some_loss(trainer)
+    else:
+        trainer.loss = lambda index: 1e36 * trainer.model.conv_in.weight.sum() + some_loss(trainer)
+    trainer.train_step()
+    adam = {id(w) for w in trainer.adam.param_groups[0]["params"]}
+    for name, w in trainer.model.named_parameters():
+        assert torch.isfinite(w).all()
+        if where == "everywhere" or id(w) in adam:
+            assert torch.equal(before[name], w)
+    assert trainer.step == 2 and trainer.scaler.get_scale() == scale / 2
+    trainer.loss = lambda index: 0.01 * some_loss(trainer)
+    trainer.train_step()
+    assert all(torch.isfinite(w).all() for w in trainer.model.parameters())
 
 
-# %% Order and randomness
+# %% Randomness
 
 
-def test_every_epoch_shows_each_image_once_in_another_order(make):
-    seen = []
-    trainer = make(EPOCHS=3)
-    trainer.train_step = lambda index: seen.append(index) or count_only(trainer)
+def seen_by(trainer):
+    """Return the list to which every further step adds the indices of its images."""
+    seen, good = [], trainer.loss
+    trainer.loss = lambda index: seen.append(index) or good(index)
+    return seen
+
+
+def test_every_step_draws_its_images_from_all(make):
+    trainer, seen = make(EPOCHS=20, SAVE_EVERY=1000), []
+    trainer.loss = lambda index: seen.append(index) or some_loss(trainer)
+    trainer.muon.step = trainer.adam.step = lambda: None
     finish(trainer)
-    epochs = [torch.cat(seen[i : i + 5]) for i in (0, 5, 10)]
-    assert len(seen) == 15
-    for order in epochs:
-        assert sorted(order.tolist()) == list(range(40))
-    assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
+    assert len(seen) == 100 and all(len(index) == 8 for index in seen)
+    counts = torch.bincount(torch.cat(seen), minlength=40)
+    assert len(counts) == 40 and counts.min() > 4 and counts.max() < 45  # 20 expected
+    assert not torch.equal(seen[0], seen[1])
 
 
-def count_only(trainer):
-    """In the place of a training step."""
-    trainer.step += 1
-    return torch.tensor(0.5)
-
-
-def test_processes_divide_every_batch_among_them(make):
-    seen = {1: [], 0: []}
-    for rank in seen:
-        trainer = make(rank=rank, world=2)
-        trainer.train_step = lambda index, t=trainer: seen[t.rank].append(index) or count_only(t)
+def test_processes_share_every_batch_and_the_first_one_saves(make):
+    seen = {}
+    for rank in 2, 1, 0:
+        trainer = make(rank=rank, world=3, EPOCHS=1)
+        seen[rank] = seen_by(trainer)
         finish(trainer)
-        assert trainer.path.exists() == (rank == 0), "only the first process saves"
-        assert not trainer.recent and len(trainer.losses) == 20
-    assert len(seen[0]) == len(seen[1]) == 20
-    for first, second in zip(*seen.values()):
-        assert len(first) == len(second) == 4
-        assert not set(first.tolist()) & set(second.tolist())
+        assert trainer.path.exists() == (rank == 0)
+        assert not trainer.recent and len(trainer.losses) == 5
+    assert all(len(index) == 3 for indices in seen.values() for index in indices), "8 / 3, up"
+    assert not torch.equal(seen[0][0], seen[1][0])
 
 
 def test_step_noise_depends_on_step_seed_and_process_only(make):
@@ -197,7 +206,7 @@ def test_step_noise_depends_on_step_seed_and_process_only(make):
         drawn = []
         trainer.loss = lambda index: drawn.append(torch.randn(4)) or some_loss(trainer)
         torch.randn(step)  # whatever went before
-        trainer.train_step(torch.arange(8))
+        trainer.train_step()
         return drawn[0]
 
     assert torch.equal(noise(3), noise(3))
@@ -236,14 +245,17 @@ def test_it_learns_in_every_precision_and_goes_on_exactly(make, capsys, precisio
     two = make(**options, PREVIEW_EVERY=6)
     next(two.run())
     assert two.step == 15 and saved(two)["step"] == 15
-    two.train_step(torch.arange(8))  # done, but not saved when the power went
+    two.train_step()  # done, but not saved when the power went
     assert capsys.readouterr().out == ""
     three = make(**options)
     assert capsys.readouterr().out == f"Going on from {three.path}, step 15 of 40.\n"
     assert three.step == 15 and three.losses == one.losses[:15]
     finish(three)
-    assert three.losses == one.losses
-    assert_same_weights(one, three)
+    if precision == torch.float16:  # the scaler begins anew, and may round otherwise
+        assert three.losses == pytest.approx(one.losses, rel=0.02)
+    else:
+        assert three.losses == one.losses
+        assert_same_weights(one, three)
 
 
 def test_interrupted_between_saves_it_repeats_what_is_lost(make):
@@ -274,31 +286,29 @@ def test_more_epochs_train_on_and_the_learning_rate_may_change(make):
     assert fewer.path.read_bytes() == before, "fewer epochs: nothing left to do"
 
 
-def test_another_batch_size_goes_on_with_the_images_that_are_left(make):
-    two = make(PREVIEW_EVERY=4)
-    next(two.run())  # saved after 9 steps of 8 images, 4 of them in the second epoch
-    trainer, seen = make(BATCH_SIZE=4), []
-    assert trainer.step == 18 and trainer.total_steps == 40
-    good = trainer.train_step
-    trainer.train_step = lambda index: seen.append(index) or good(index)
-    finish(trainer)
-    assert trainer.step == 40 and len(seen) == 22 and len(trainer.losses) == 9 + 22
-    generator = torch.Generator().manual_seed(script.derive_seed(0, "order", 1))
-    order = torch.randperm(40, generator=generator)
-    assert torch.equal(torch.cat(seen[:2]), order[32:])
-    assert sorted(torch.cat(seen[2:12]).tolist()) == list(range(40))
-
-
-@pytest.mark.parametrize("size", [1, 3, 6, 16, 40])
-def test_another_batch_size_means_the_same_share_of_the_training(make, size):
+@pytest.mark.parametrize("size", [3, 7, 16, 1000])
+def test_another_batch_size_goes_on_at_the_same_share(make, size):
     """Also where it does not divide the number of images: what was finished stays finished."""
     trainer = make()
     trainer.step = trainer.total_steps
     trainer.save()
-    assert make(BATCH_SIZE=size).step == 4 * (40 // size)
+    other = make(BATCH_SIZE=size)
+    assert other.step == other.total_steps == max(1, 160 // size)
     trainer.step = trainer.total_steps // 2
     trainer.save()
-    assert make(BATCH_SIZE=size).step == 2 * (40 // size)
+    other = make(BATCH_SIZE=size)
+    assert other.step == other.total_steps // 2
+    seen = seen_by(other)
+    finish(other)
+    assert len(seen) == (other.total_steps + 1) // 2
+    assert all(len(index) == size for index in seen)
+
+
+def test_fewer_images_than_a_batch_are_enough(make):
+    trainer = make(BATCH_SIZE=500)
+    assert trainer.total_steps == 1
+    finish(trainer)
+    assert len(trainer.losses) == 1
 
 
 def test_extras_are_kept(make):
@@ -389,19 +399,65 @@ def test_flip_mirrors_about_half_of_the_images():
     assert (flipped[right][..., 0] == -1).all() and (flipped[~right][..., 0] == 1).all()
 
 
+class Zero(torch.nn.Module):
+    def forward(self, x_t, t):
+        return torch.zeros_like(x_t)
+
+
 def test_loss_per_timestep_is_the_error_at_each_timestep():
     """A network that answers 0 is wrong by the noise itself, at every t, in the mean by 1."""
-
-    class Zero(torch.nn.Module):
-        def forward(self, x_t, t):
-            return torch.zeros_like(x_t)
-
     ddpm = script.DDPM(Zero(), script.cosine_beta_schedule(50), (1, 8, 8), CPU)
-    timesteps, errors = script.loss_per_timestep(ddpm, torch.zeros(64, 1, 8, 8), count=10)
-    assert timesteps[0] == 0 and timesteps[-1] == 48 and len(timesteps) == len(errors) == 10
-    assert all(e == pytest.approx(1, abs=0.1) for e in errors)
-    ddpm.model.forward = lambda x_t, t: x_t / (1 - ddpm.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
-    assert max(script.loss_per_timestep(ddpm, torch.zeros(64, 1, 8, 8))[1]) < 1e-6
+    images = torch.zeros(300, 1, 8, 8)
+    timesteps, errors, ideal = script.loss_per_timestep(ddpm, images, count=10)
+    assert timesteps[0] == 0 and timesteps[-1] == 48
+    assert len(timesteps) == len(errors) == len(ideal) == 10
+    assert all(error == pytest.approx(1, rel=0.05) for error in errors)
+    assert max(ideal) < 1e-6, "there is but one image"
+    other = torch.cat([images, torch.ones(1, 1, 8, 8)])
+    _, _, ideal = script.loss_per_timestep(ddpm, other, count=10)
+    assert max(ideal[:5]) < 1e-6 < max(ideal), "in strong noise it might be the other one"
+    assert script.loss_per_timestep(ddpm, images, count=10)[1] == errors, "always the same noise"
+
+
+def test_loss_per_timestep_is_the_loss_at_that_timestep(monkeypatch):
+    """By the network's own loss, with its t and its noise held fixed."""
+    torch.manual_seed(0)
+    model = script.UNet((1, 8, 8), 8, (1,), 1, (), 0.0, torch.float32).eval()
+    torch.nn.init.normal_(model.conv_out.weight, std=0.1)
+    ddpm = script.DDPM(model, script.cosine_beta_schedule(50), (1, 8, 8), CPU)
+    images = torch.rand(64, 1, 8, 8) * 2 - 1
+    timesteps, errors, _ = script.loss_per_timestep(ddpm, images, count=5)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "randn_like", lambda x: noise)
+    for timestep, error in zip(timesteps, errors):
+        monkeypatch.setattr(torch, "randint", lambda *_, t=timestep, **__: torch.full((64,), t))
+        assert error == pytest.approx(ddpm.loss(images).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("alpha_bar_t", [1e-6, 0.01, 0.3, 0.9, 0.9999])
+def test_ideal_x_0_is_the_mean_of_the_posterior(alpha_bar_t):
+    """Bayes' rule in plain numbers, image by image."""
+    images, x_t = torch.rand(7, 1, 2, 2) * 2 - 1, torch.randn(3, 1, 2, 2)
+    x_t[0] = alpha_bar_t**0.5 * images[4] + 0.1 * (1 - alpha_bar_t) ** 0.5
+    for x, ours in zip(x_t, script.ideal_x_0(x_t, alpha_bar_t, images)):
+        noises = [(x - alpha_bar_t**0.5 * image) / (1 - alpha_bar_t) ** 0.5 for image in images]
+        logs = torch.stack([-(noise.double() ** 2).sum() / 2 for noise in noises])
+        weights = (logs - logs.max()).exp() / (logs - logs.max()).exp().sum()
+        expected = sum(weight * image for weight, image in zip(weights, images))
+        assert torch.allclose(ours, expected.float(), atol=2e-3)
+
+
+def test_no_prediction_is_better_than_the_ideal_one():
+    """Not in the mean over all images and much noise: the ideal one pushed aside is worse."""
+    torch.manual_seed(0)
+    images = torch.rand(5, 1, 2, 2) * 2 - 1
+    x_0, noise = images.repeat(4000, 1, 1, 1), torch.randn(20_000, 1, 2, 2)
+    x_t = 0.5**0.5 * (x_0 + noise)
+    ideal = script.ideal_x_0(x_t, 0.5, images)
+    best = (x_0 - ideal).square().mean()
+    assert 0.05 < best < 1
+    for other in 0.95 * ideal, 1.05 * ideal, ideal + 0.05, ideal + 0.05 * x_t, x_t:
+        assert (x_0 - other).square().mean() > best
 
 
 def test_samples_in_parts_are_all_there():

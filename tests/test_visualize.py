@@ -78,14 +78,14 @@ def make_frames(channels=1, side=8, count=4, stages=12):
 def make_figures(folder, channels=1):
     x = torch.rand(5, channels, 8, 8) * 2 - 1
     alphas_cumprod = torch.linspace(0.999, 0.001, 50)
-    curves = {"after epoch 1": ([0, 5, 9], [0.3, 0.2, 0.1]), "at the end": ([0, 5, 9], [0.2] * 3)}
+    losses = [0, 5, 9], [0.3, 0.2, 0.1], [0.1, 0.1, 0.0]
     return [
         visualize.sample_grid(x, folder / "grid.png", "Title", "note"),
         visualize.denoising_strip(make_frames(channels), folder / "strip.png"),
         visualize.denoising_gif(make_frames(channels), folder / "steps.gif"),
         visualize.loss_curve(np.linspace(1, 0.1, 300), folder / "loss.png"),
         visualize.image_table({"a": x[:2], "b": x[2:4]}, folder / "table.png", ["one", "two"]),
-        visualize.timestep_losses(curves, folder / "timesteps.png"),
+        visualize.timestep_losses(*losses, folder / "timesteps.png"),
         visualize.forward_process(x[:2], alphas_cumprod, folder / "forward.png"),
         visualize.schedule_comparison(x[0], folder / "schedules.png"),
     ]
@@ -298,6 +298,7 @@ def scores(recall):
             ({"lerp": [1, 0.9, 1]}, {"lerp": torch.zeros(3, 1, 8, 8)}),
         ),
         (visualize.trade_off, (scores(0.9),), (scores(0.3),)),
+        (visualize.bars, ({"a": 3.0, "b": 1.0},), ({"a": 3.0, "b": 2.0},)),
         (
             visualize.latent_pictures,
             (torch.zeros(3, 1, 8, 8), torch.zeros(4, 3, 2, 2)),

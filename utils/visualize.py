@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 __all__ = [
+    "bars",
     "blend_comparison",
     "denoising_gif",
     "denoising_strip",
@@ -340,24 +341,17 @@ def loss_curve(losses, path, title="Training loss", note=""):
 
 
 @matplotlib.rc_context(STYLE)
-def timestep_losses(curves, path, title="Loss per timestep", note=""):
-    """Save how the loss depends on t (left), and how much of it training took away (right).
-
-    curves: {label: (timesteps, losses)}, one to three, the earliest state of the network first; the
-    same timesteps in each. Dashed: the mean over t.
-    """
+def timestep_losses(timesteps, losses, ideal, path, title="Loss per timestep", note=""):
+    """Save how the loss depends on t (left), and how much of it no network can avoid (right)."""
     fig = _figure(9.5, 4.2, title, note)
     left, right = fig.subplots(1, 2)
-    earliest, (_, first) = next(iter(curves.items()))
-    for (label, (timesteps, losses)), colour in zip(curves.items(), (ORANGE, BLUE, GREY)):
-        mean = np.mean(losses)
-        left.plot(timesteps, losses, color=colour, label=f"{label}: mean {mean:.4f}")
-        left.axhline(mean, color=colour, linestyle="--", linewidth=1)
-        if label != earliest:
-            right.plot(timesteps, 100 * (1 - np.divide(losses, first)), color=colour, label=label)
-    left.set(title="Squared error of the noise", xlabel="t", ylabel="loss")
-    since = earliest.removeprefix("after ")
-    right.set(title=f"Fall of the error since {since}", xlabel="t", ylabel="per cent")
+    for label, values, colour in ("network", losses, BLUE), ("ideal", ideal, ORANGE):
+        left.plot(timesteps, values, color=colour, label=f"{label}: mean {np.mean(values):.4f}")
+    share = 100 * np.divide(ideal, np.maximum(losses, 1e-12))
+    right.plot(timesteps, share, color=ORANGE)
+    left.set(title="Squared error of the noise", xlabel="t", ylabel="loss", yscale="log")
+    left.set_ylim(bottom=1e-5)
+    right.set(title="The ideal error, as a share of the network's", xlabel="t", ylabel="per cent")
     left.legend()
     return _save(fig, path)
 
@@ -381,6 +375,19 @@ def table(header, rows, path, title="", note=""):
         cell.set_text_props(weight="bold" if row == 0 else "normal")
         if column == 0:
             cell.set_text_props(horizontalalignment="left")
+    return _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def bars(values, path, title="", xlabel="", note="", other_from=None):
+    """Save numbers by name, {name: number}, as bars; from bar number other_from on in grey."""
+    fig = _figure(8, 1.2 + 0.32 * len(values), title, note)
+    ax, names = fig.subplots(), list(values)
+    colours = [BLUE if i < (other_from or len(values)) else GREY for i in range(len(values))]
+    drawn = ax.barh(names, list(values.values()), color=colours)
+    ax.bar_label(drawn, fmt="%.2f", padding=3)
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel, xlim=(0, 1.1 * max(values.values())))
     return _save(fig, path)
 
 
