@@ -3,12 +3,13 @@
     python 02_ddpm.py
     torchrun --standalone --nproc_per_node=4 02_ddpm.py        # on 4 GPUs of one machine
 
-Training and sampling are still the two algorithms of 01. What is new is marked `NEW in 02`; the
-README shows what it gains in equal training time, and where it gains nothing at this size:
+Training and sampling are still the two algorithms of 01. What is new is marked `NEW in 02`. The
+README shows what each addition except the clamp gains in equal training time; at this size, some
+gain nothing:
 
   cosine schedule    section 3   fewer steps are wasted on images that are almost pure noise
   attention          section 4   every part of an image takes the whole image into account
-  clamped sampling   section 5   the sampler never believes in impossible images
+  clamped sampling   section 5   each predicted image is clamped to the range of pixels, -1 ... 1
   averaged weights   section 5   sampling uses a moving average of the weights
   Muon               section 6   an optimizer that needs fewer steps
 
@@ -34,7 +35,7 @@ noise_pred        ε_θ(x_t, t)   (B, C, H, W)   the network's prediction of tha
 x_0_pred          x̂_0           (B, C, H, W)   the image that follows from this prediction
 t                 t             (B,)           0 ... T-1 (paper: 1 ... T); t = 0: one step done
 betas             β             (T,)           variance of the noise that a step adds; α = 1 - β
-alphas_cumprod    ᾱ             (T,)           product of the α up to t: what is left of the image
+alphas_cumprod    ᾱ             (T,)           product of the α up to t: the image's share of x_t²
 alpha_bars        ᾱ             T + 1 floats   the same for an int t; [-1] is 1, the clean image's
 """
 
@@ -74,7 +75,7 @@ FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirror
 EPOCHS = 30 if ON_GPU else 6  # times that an image is seen, on average; CIFAR10 needs hundreds
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
 LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps up
-EMA_DECAY = 0.9999  # limit for the averaged weights; reached only after 90,000 steps
+EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 90,000 steps
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
 PREVIEW_EVERY = 5  # minutes between grids of samples
 COMPILE = False  # True: use torch.compile; slow to start, then faster
@@ -99,12 +100,14 @@ def read_image(file, size):
 def load_folder(folder, size):
     """Return all images below a folder, uint8 (N, 3, size, size), labels (N,) and class names.
 
-    An image belongs to the class that its folder is named after. Hidden files do not count.
+    An image belongs to the class that its folder is named after. Files and folders whose names
+    begin with a dot do not count.
     """
     kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    files = sorted(f for f in folder.rglob("[!.]*") if f.suffix.lower() in kinds)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds)
+    files = [f for f in files if "/." not in f"/{f.relative_to(folder).as_posix()}"]
     if len(files) < 2:
-        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with images.")
+        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with 2 images.")
     class_names, images = sorted({file.parent.name for file in files}), []
     for file in tqdm(files, "Reading images", unit=" images"):
         try:
@@ -151,8 +154,8 @@ def linear_beta_schedule(T):
 def cosine_beta_schedule(T):
     """NEW in 02. Return β of T steps, float64 (T,): Improved DDPM, section 3.2, with s = 0.008.
 
-    The linear schedule destroys an image too early: its last fifth of the steps is almost pure
-    noise and teaches little. Here ᾱ falls evenly in the middle and gently at both ends.
+    The linear schedule destroys an image too early: in the last fifth of its steps, x_t is almost
+    pure noise and teaches little. Here ᾱ falls evenly in the middle and gently at both ends.
     """
     s = 0.008  # without it, the first steps add so little noise that it is hard to predict
     # Improved DDPM Eq. 17:  ᾱ_t = f(t) / f(0),  f(t) = cos²( (t/T + s) / (1 + s) · π/2 )
@@ -244,13 +247,13 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict the noise in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
+    """Predict the noise (05: v) in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
 
-    For MNIST, with NUM_BLOCKS = 1 and BASE_CH = 16 (every output on the left is a skip):
+    For MNIST on a CPU, where NUM_BLOCKS = 1, BASE_CH = 16 (every output on the left is a skip):
 
     28 × 28   conv_in (16) → block (16) ───── 2 skips ────→ 2 blocks (16) → conv_out
                 ↓ shrink                                      ↑ grow
-    14 × 14         └ block* (32) ─────────── 2 skips ────→ 2 blocks* (32)      * with attention
+    14 × 14         └ block (32) ──────────── 2 skips ────→ 2 blocks (32)       * with attention
                         ↓ shrink                              ↑ grow
      7 × 7                  └ block (64) ──── 2 skips ────→ 2 blocks (64)
                                 └─→ middle_1* (64) → middle_2 (64) ┘
@@ -378,8 +381,8 @@ class DDPM:
         alpha_bar_prev = self.alpha_bars[t - 1]  # 1 before t = 0
         # DDPM Eq. 7, the mean of x_{t−1} if x_t and x_0 are known, with x̂_0 for x_0:
         #   μ̃_t = √ᾱ_{t−1}·β_t / (1−ᾱ_t) · x̂_0 + √α_t·(1−ᾱ_{t−1}) / (1−ᾱ_t) · x_t
-        # and its variance,  β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t.  (Unclamped, this mean is that of
-        # Algorithm 2, line 4. 01 takes σ_t² = β_t; section 3.2 allows both.)
+        # and its variance,  β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t.  Unclamped, this mean is that of
+        # Algorithm 2, line 4. NEW in 02: σ_t² = β̃_t. (01 takes β_t; section 3.2 allows both.)
         weight_x_0 = math.sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t)
         weight_x_t = math.sqrt(1 - beta_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
         x_prev = weight_x_0 * x_0_pred + weight_x_t * x_t
@@ -409,10 +412,11 @@ class DDPM:
 def ideal_x_0(x_t, alpha_bar_t, images):
     """Return the best possible x̂_0 of x_t (B, C, H, W), if x_0 is one of images (N, C, H, W).
 
-    The squared error is least for the mean of all images that may have become x_t: the less noise
-    turns an image into x_t, the likelier it was that image (Karras et al. 2022, arXiv:2206.00364,
-    Eq. 57). On average no network does better. At large t this is a mean of many images, which can
-    be learned. At small t it is one of them: a network that did as well would have memorised it.
+    The squared error is least for the mean of all images, each weighted by the probability that it
+    became x_t: the less noise turns an image into x_t, the likelier it is (Karras et al. 2022,
+    arXiv:2206.00364, Eq. 57). On average no network does better. At large t this is a mean of many
+    images, which can be learned. At small t it is one of them: a network that did as well would
+    have memorised it.
     """
     signal, spread = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
     # ε = (x_t − √ᾱ_t · x_0) / √(1−ᾱ_t) has the density exp(−‖ε‖² / 2), up to a constant.
@@ -510,10 +514,10 @@ class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon brings all to
-    the same size. A step takes 10 % longer than with Adam, and after the same minutes the Fréchet
-    distance is smaller by a third (see the README). weights: parameters of two or more dimensions;
-    lr: about 0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes
-    no convolutions, and computes in bfloat16, which is slow on many CPUs.)
+    the same size. A step takes about 10 % longer than with Adam, but after the same minutes the
+    Fréchet distance is smaller by two thirds (see the README). weights: parameters of two or more
+    dimensions; lr: about 0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    (torch.optim.Muon takes no convolutions, and computes in bfloat16, which is slow on many CPUs.)
     """
 
     def __init__(self, weights, lr):
@@ -565,7 +569,8 @@ def save_atomically(contents, path):
 class Trainer:
     """Trains a network; a new Trainer goes on from the last checkpoint, however the old one ended.
 
-    On a CPU the result is the same to the last bit; a GPU may add numbers in another order.
+    On a CPU the result is the same to the last bit as without the interruption. A GPU may add
+    numbers in another order.
 
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
     settings: the constants by name, saved with the checkpoint. fixed: names of those that must

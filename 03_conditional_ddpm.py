@@ -68,7 +68,7 @@ FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirror
 EPOCHS = 30 if ON_GPU else 4  # on a CPU fewer than in 02, because guided sampling is slower
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
 LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps up
-EMA_DECAY = 0.9999  # limit for the averaged weights; reached only after 90,000 steps
+EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 90,000 steps
 P_UNCOND = 0.1  # NEW in 03: share of the labels withheld in training; CFG: 0.1 or 0.2, not 0.5
 GUIDANCE_SCALE = 3.0  # NEW in 03: pull towards the labels; 1: the label as it is, 0: no label
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
@@ -95,12 +95,14 @@ def read_image(file, size):
 def load_folder(folder, size):
     """Return all images below a folder, uint8 (N, 3, size, size), labels (N,) and class names.
 
-    An image belongs to the class that its folder is named after. Hidden files do not count.
+    An image belongs to the class that its folder is named after. Files and folders whose names
+    begin with a dot do not count.
     """
     kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    files = sorted(f for f in folder.rglob("[!.]*") if f.suffix.lower() in kinds)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds)
+    files = [f for f in files if "/." not in f"/{f.relative_to(folder).as_posix()}"]
     if len(files) < 2:
-        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with images.")
+        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with 2 images.")
     class_names, images = sorted({file.parent.name for file in files}), []
     for file in tqdm(files, "Reading images", unit=" images"):
         try:
@@ -147,8 +149,8 @@ def linear_beta_schedule(T):
 def cosine_beta_schedule(T):
     """NEW in 02. Return β of T steps, float64 (T,): Improved DDPM, section 3.2, with s = 0.008.
 
-    The linear schedule destroys an image too early: its last fifth of the steps is almost pure
-    noise and teaches little. Here ᾱ falls evenly in the middle and gently at both ends.
+    The linear schedule destroys an image too early: in the last fifth of its steps, x_t is almost
+    pure noise and teaches little. Here ᾱ falls evenly in the middle and gently at both ends.
     """
     s = 0.008  # without it, the first steps add so little noise that it is hard to predict
     # Improved DDPM Eq. 17:  ᾱ_t = f(t) / f(0),  f(t) = cos²( (t/T + s) / (1 + s) · π/2 )
@@ -393,8 +395,8 @@ class GuidedDDPM:
         x_0_pred = x_0_pred.clamp(-1, 1)
         # DDPM Eq. 7, the mean of x_{t−1} if x_t and x_0 are known, with x̂_0 for x_0:
         #   μ̃_t = √ᾱ_{t−1}·β_t / (1−ᾱ_t) · x̂_0 + √α_t·(1−ᾱ_{t−1}) / (1−ᾱ_t) · x_t
-        # and its variance,  β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t.  (Unclamped, this mean is that of
-        # Algorithm 2, line 4. 01 takes σ_t² = β_t; section 3.2 allows both.)
+        # and its variance,  β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t.  Unclamped, this mean is that of
+        # Algorithm 2, line 4. NEW in 02: σ_t² = β̃_t. (01 takes β_t; section 3.2 allows both.)
         weight_x_0 = math.sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t)
         weight_x_t = math.sqrt(1 - beta_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
         x_prev = weight_x_0 * x_0_pred + weight_x_t * x_t
@@ -527,10 +529,10 @@ class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon brings all to
-    the same size. A step takes 10 % longer than with Adam, and after the same minutes the Fréchet
-    distance is smaller by a third (see the README). weights: parameters of two or more dimensions;
-    lr: about 0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes
-    no convolutions, and computes in bfloat16, which is slow on many CPUs.)
+    the same size. A step takes about 10 % longer than with Adam, but after the same minutes the
+    Fréchet distance is smaller by two thirds (see the README). weights: parameters of two or more
+    dimensions; lr: about 0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    (torch.optim.Muon takes no convolutions, and computes in bfloat16, which is slow on many CPUs.)
     """
 
     def __init__(self, weights, lr):
@@ -582,7 +584,8 @@ def save_atomically(contents, path):
 class Trainer:
     """Trains a network; a new Trainer goes on from the last checkpoint, however the old one ended.
 
-    On a CPU the result is the same to the last bit; a GPU may add numbers in another order.
+    On a CPU the result is the same to the last bit as without the interruption. A GPU may add
+    numbers in another order.
 
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
     settings: the constants by name, saved with the checkpoint. fixed: names of those that must

@@ -81,7 +81,7 @@ FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirror
 EPOCHS = 30 if ON_GPU else 6  # times that an image is seen, on average; CIFAR10 needs hundreds
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
 LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps up
-EMA_DECAY = 0.9999  # limit for the averaged weights; reached only after 90,000 steps
+EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 90,000 steps
 DDIM_STEPS = 50  # NEW in 04: network evaluations for an image, 1 ... T; try 10
 ETA = 0.0  # NEW in 04: new noise in each step; 0: none, 1: as much as a DDPM with these steps
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
@@ -109,12 +109,14 @@ def read_image(file, size):
 def load_folder(folder, size):
     """Return all images below a folder, uint8 (N, 3, size, size), labels (N,) and class names.
 
-    An image belongs to the class that its folder is named after. Hidden files do not count.
+    An image belongs to the class that its folder is named after. Files and folders whose names
+    begin with a dot do not count.
     """
     kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    files = sorted(f for f in folder.rglob("[!.]*") if f.suffix.lower() in kinds)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds)
+    files = [f for f in files if "/." not in f"/{f.relative_to(folder).as_posix()}"]
     if len(files) < 2:
-        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with images.")
+        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with 2 images.")
     class_names, images = sorted({file.parent.name for file in files}), []
     for file in tqdm(files, "Reading images", unit=" images"):
         try:
@@ -161,8 +163,8 @@ def linear_beta_schedule(T):
 def cosine_beta_schedule(T):
     """NEW in 02. Return β of T steps, float64 (T,): Improved DDPM, section 3.2, with s = 0.008.
 
-    The linear schedule destroys an image too early: its last fifth of the steps is almost pure
-    noise and teaches little. Here ᾱ falls evenly in the middle and gently at both ends.
+    The linear schedule destroys an image too early: in the last fifth of its steps, x_t is almost
+    pure noise and teaches little. Here ᾱ falls evenly in the middle and gently at both ends.
     """
     s = 0.008  # without it, the first steps add so little noise that it is hard to predict
     # Improved DDPM Eq. 17:  ᾱ_t = f(t) / f(0),  f(t) = cos²( (t/T + s) / (1 + s) · π/2 )
@@ -254,13 +256,13 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict the noise in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
+    """Predict the noise (05: v) in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
 
-    For MNIST, with NUM_BLOCKS = 1 and BASE_CH = 16 (every output on the left is a skip):
+    For MNIST on a CPU, where NUM_BLOCKS = 1, BASE_CH = 16 (every output on the left is a skip):
 
     28 × 28   conv_in (16) → block (16) ───── 2 skips ────→ 2 blocks (16) → conv_out
                 ↓ shrink                                      ↑ grow
-    14 × 14         └ block* (32) ─────────── 2 skips ────→ 2 blocks* (32)      * with attention
+    14 × 14         └ block (32) ──────────── 2 skips ────→ 2 blocks (32)       * with attention
                         ↓ shrink                              ↑ grow
      7 × 7                  └ block (64) ──── 2 skips ────→ 2 blocks (64)
                                 └─→ middle_1* (64) → middle_2 (64) ┘
@@ -388,8 +390,8 @@ class DDPM:
         alpha_bar_prev = self.alpha_bars[t - 1]  # 1 before t = 0
         # DDPM Eq. 7, the mean of x_{t−1} if x_t and x_0 are known, with x̂_0 for x_0:
         #   μ̃_t = √ᾱ_{t−1}·β_t / (1−ᾱ_t) · x̂_0 + √α_t·(1−ᾱ_{t−1}) / (1−ᾱ_t) · x_t
-        # and its variance,  β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t.  (Unclamped, this mean is that of
-        # Algorithm 2, line 4. 01 takes σ_t² = β_t; section 3.2 allows both.)
+        # and its variance,  β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t.  Unclamped, this mean is that of
+        # Algorithm 2, line 4. NEW in 02: σ_t² = β̃_t. (01 takes β_t; section 3.2 allows both.)
         weight_x_0 = math.sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t)
         weight_x_t = math.sqrt(1 - beta_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
         x_prev = weight_x_0 * x_0_pred + weight_x_t * x_t
@@ -491,9 +493,10 @@ class DDIM(DDPM):
 
         x_0: (B, C, H, W) in [-1, 1]. ddim_steps: 1 ... T, as many as the way back will take; raises
         ValueError for others. With η = 0 and small steps DDIM follows a differential equation (DDIM
-        Eq. 14), which holds in both directions (section 4.3). Sampling asks the network at
-        the point where a step starts. Backwards, that point is the step's end and not yet known; so
-        we ask at the point that we have, and err a little. Shorter steps err less.
+        Eq. 14), which holds in both directions (section 4.3). Sampling evaluates the
+        network at the point where a step starts. Backwards, that point is the step's end and not
+        yet known; so we evaluate it at the point that we have, and err a little. Shorter steps err
+        less.
         """
         x_t, timesteps = x_0, self.timesteps(ddim_steps)[::-1]  # -1 ... T - 1
         bar = tqdm(timesteps[:-1], "Inverting", unit=" steps", leave=False)
@@ -612,10 +615,10 @@ class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon brings all to
-    the same size. A step takes 10 % longer than with Adam, and after the same minutes the Fréchet
-    distance is smaller by a third (see the README). weights: parameters of two or more dimensions;
-    lr: about 0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes
-    no convolutions, and computes in bfloat16, which is slow on many CPUs.)
+    the same size. A step takes about 10 % longer than with Adam, but after the same minutes the
+    Fréchet distance is smaller by two thirds (see the README). weights: parameters of two or more
+    dimensions; lr: about 0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    (torch.optim.Muon takes no convolutions, and computes in bfloat16, which is slow on many CPUs.)
     """
 
     def __init__(self, weights, lr):
@@ -667,7 +670,8 @@ def save_atomically(contents, path):
 class Trainer:
     """Trains a network; a new Trainer goes on from the last checkpoint, however the old one ended.
 
-    On a CPU the result is the same to the last bit; a GPU may add numbers in another order.
+    On a CPU the result is the same to the last bit as without the interruption. A GPU may add
+    numbers in another order.
 
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
     settings: the constants by name, saved with the checkpoint. fixed: names of those that must

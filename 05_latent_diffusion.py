@@ -86,7 +86,7 @@ FLIP = DATASET == "CIFAR10"  # mirror half of the images in stage 1; never digit
 EPOCHS = 100 if ON_GPU else 9  # times that a latent is seen in stage 2
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
 LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps up
-EMA_DECAY = 0.9999  # limit for the averaged weights; reached only after 90,000 steps
+EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 90,000 steps
 DDIM_STEPS = 50  # evaluations of the U-Net for a sample, 1 ... T
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
 PREVIEW_EVERY = 5  # minutes between grids of samples
@@ -112,12 +112,14 @@ def read_image(file, size):
 def load_folder(folder, size):
     """Return all images below a folder, uint8 (N, 3, size, size), labels (N,) and class names.
 
-    An image belongs to the class that its folder is named after. Hidden files do not count.
+    An image belongs to the class that its folder is named after. Files and folders whose names
+    begin with a dot do not count.
     """
     kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    files = sorted(f for f in folder.rglob("[!.]*") if f.suffix.lower() in kinds)
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds)
+    files = [f for f in files if "/." not in f"/{f.relative_to(folder).as_posix()}"]
     if len(files) < 2:
-        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with images.")
+        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with 2 images.")
     class_names, images = sorted({file.parent.name for file in files}), []
     for file in tqdm(files, "Reading images", unit=" images"):
         try:
@@ -175,8 +177,8 @@ def linear_beta_schedule(T):
 def cosine_beta_schedule(T):
     """NEW in 02. Return β of T steps, float64 (T,): Improved DDPM, section 3.2, with s = 0.008.
 
-    The linear schedule destroys an image too early: its last fifth of the steps is almost pure
-    noise and teaches little. Here ᾱ falls evenly in the middle and gently at both ends.
+    The linear schedule destroys an image too early: in the last fifth of its steps, x_t is almost
+    pure noise and teaches little. Here ᾱ falls evenly in the middle and gently at both ends.
     """
     s = 0.008  # without it, the first steps add so little noise that it is hard to predict
     # Improved DDPM Eq. 17:  ᾱ_t = f(t) / f(0),  f(t) = cos²( (t/T + s) / (1 + s) · π/2 )
@@ -268,13 +270,13 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict the noise in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
+    """Predict the noise (05: v) in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
 
-    For MNIST, with NUM_BLOCKS = 1 and BASE_CH = 16 (every output on the left is a skip):
+    For MNIST on a CPU, where NUM_BLOCKS = 1, BASE_CH = 16 (every output on the left is a skip):
 
     28 × 28   conv_in (16) → block (16) ───── 2 skips ────→ 2 blocks (16) → conv_out
                 ↓ shrink                                      ↑ grow
-    14 × 14         └ block* (32) ─────────── 2 skips ────→ 2 blocks* (32)      * with attention
+    14 × 14         └ block (32) ──────────── 2 skips ────→ 2 blocks (32)       * with attention
                         ↓ shrink                              ↑ grow
      7 × 7                  └ block (64) ──── 2 skips ────→ 2 blocks (64)
                                 └─→ middle_1* (64) → middle_2 (64) ┘
@@ -516,8 +518,8 @@ class LatentDiffusion:
         #   v = √ᾱ_t · ε − √(1−ᾱ_t) · z_0  (Salimans & Ho, section 4)
         # From ε_θ follows ẑ_0 = (z_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t. At t = T - 1 the cosine schedule has
         # 1/√ᾱ_t = 20,000. For pixels the clamp of x̂_0 stops errors that large; latents have no
-        # limits to clamp to. From v follows ẑ_0 without a division. (LDM has a schedule in which
-        # 1/√ᾱ_t ends at 15. Stable Diffusion 2 predicts v, too.)
+        # limits to clamp to. From v follows ẑ_0 without a division. (In Stable Diffusion 1, 1/√ᾱ_t
+        # ends at 15; the 768-pixel model of Stable Diffusion 2 predicts v, too.)
         alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         v = alpha_bar_t.sqrt() * noise - (1 - alpha_bar_t).sqrt() * z_0
         return F.mse_loss(v_pred, v)
@@ -665,10 +667,10 @@ class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon brings all to
-    the same size. A step takes 10 % longer than with Adam, and after the same minutes the Fréchet
-    distance is smaller by a third (see the README). weights: parameters of two or more dimensions;
-    lr: about 0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon. (torch.optim.Muon takes
-    no convolutions, and computes in bfloat16, which is slow on many CPUs.)
+    the same size. A step takes about 10 % longer than with Adam, but after the same minutes the
+    Fréchet distance is smaller by two thirds (see the README). weights: parameters of two or more
+    dimensions; lr: about 0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    (torch.optim.Muon takes no convolutions, and computes in bfloat16, which is slow on many CPUs.)
     """
 
     def __init__(self, weights, lr):
@@ -720,7 +722,8 @@ def save_atomically(contents, path):
 class Trainer:
     """Trains a network; a new Trainer goes on from the last checkpoint, however the old one ended.
 
-    On a CPU the result is the same to the last bit; a GPU may add numbers in another order.
+    On a CPU the result is the same to the last bit as without the interruption. A GPU may add
+    numbers in another order.
 
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
     settings: the constants by name, saved with the checkpoint. fixed: names of those that must

@@ -27,7 +27,7 @@ from utils.visualize import bars
 MINUTES = 8
 SAMPLING_STEPS = 50
 SEED = 0
-ADAM_RATE = 0.004  # the highest, as in 01, and as 02 gives AdamW
+ADAM_RATE = 0.004  # the highest, as in 01, and as 02 gives Adam
 TEXTBOOK = {
     "attention": "nowhere",
     "schedule": "linear",

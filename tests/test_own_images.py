@@ -193,11 +193,12 @@ def test_images_beside_the_subfolders_are_one_more_class(tmp_path):
 
 
 def test_hidden_and_other_files_are_ignored(tmp_path):
-    folder = write_folder(tmp_path / "cats", "a.png", ".hidden.png", "b.png")
+    folder = write_folder(tmp_path / "cats", "a.png", ".hidden.png", ".thumbnails/a.png", "b.png")
+    write_folder(folder, "sub/.cache/deep/c.png")
     for name in "README.txt", "Thumbs.db", "._b.png", "labels.csv":
         (folder / name).write_text("no image")
     images, _, names = script.load_folder(folder, 8)
-    assert greys(images) == [0, 2] and names == ["cats"]
+    assert greys(images) == [0, 3] and names == ["cats"]
 
 
 def test_the_folder_itself_may_be_below_a_hidden_one(tmp_path):
@@ -230,7 +231,7 @@ def test_what_is_no_folder_of_images_is_refused_in_one_line(tmp_path, name):
     with inside(tmp_path), pytest.raises(SystemExit) as end:
         script.load_dataset(name, Path("data"), 8)
     path = tmp_path.resolve() / name
-    message = f"{path} is neither a dataset known here nor a folder with images."
+    message = f"{path} is neither a dataset known here nor a folder with 2 images."
     assert end.value.code == f"DATASET: {message}"
 
 
@@ -259,7 +260,9 @@ def test_two_images_are_enough_and_one_is_refused_in_one_line(project, name):
     prepare(project, name, "a.png", BATCH_SIZE=3, **options)
     done = project.run_here(name)
     assert done.returncode == 1 and project.outputs(name) == []
-    assert re.fullmatch(r"DATASET: .*cats is neither .* nor a folder with images\.\n", done.stderr)
+    assert re.fullmatch(
+        r"DATASET: .*cats is neither .* nor a folder with 2 images\.\n", done.stderr
+    )
     write_folder(project.folder / "cats", "a.png", "b.png")
     done = project.run_here(name)
     assert done.returncode == 0, done.stderr
