@@ -26,6 +26,7 @@ from utils.visualize import bars
 
 MINUTES = 8
 SAMPLING_STEPS = 50
+ROUNDS = 20  # of measuring the time of a step
 SEED = 0
 ADAM_RATE = 0.004  # the highest, as in 01, and as 02 gives Adam
 TEXTBOOK = {
@@ -164,7 +165,7 @@ def seconds_per_step(script, recipes, images, folder):
         return json.loads(path.read_text(encoding="utf-8"))
     times = {name: [] for name in recipes}
     runs = {name: Run(script, recipe, images, 1000) for name, recipe in recipes.items()}
-    for _ in tqdm(range(20), "Measuring steps"):
+    for _ in tqdm(range(ROUNDS), "Measuring steps"):
         for name, run in runs.items():
             run.train_step()
             start = time.perf_counter()

@@ -4,6 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import benchmark
+import ladder
 import pytest
 import torch
 
@@ -182,3 +183,65 @@ def test_a_run_is_measured_once_and_again_when_the_script_changes(tmp_path, monk
     (tmp_path / "03_x.py").write_text("raise ValueError('broken')")
     with pytest.raises(SystemExit, match=r"(?s)03_x.py failed:.*broken"):
         benchmark.run("03_x.py")
+
+
+# %% The ladder
+
+
+@pytest.fixture
+def small_02(monkeypatch, tmp_path):
+    """02 with a tiny network, 40 black images, and a judge that keeps what it is shown."""
+    script = benchmark.load(benchmark.SCRIPTS["02"])
+    for name, value in {"BASE_CH": 2, "CHANNEL_MULT": (1, 1), "BATCH_SIZE": 4, "T": 50}.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(benchmark, "load", lambda name: script)
+    monkeypatch.setattr(benchmark, "OUT_DIR", tmp_path)
+    monkeypatch.setattr(benchmark, "COUNT", 3)
+    images = torch.zeros(40, 28, 28, dtype=torch.uint8)
+    monkeypatch.setattr(benchmark, "MNIST", lambda *_, **__: SimpleNamespace(data=images))
+    for name, value in {"MINUTES": 0.002, "SAMPLING_STEPS": 3, "ROUNDS": 1}.items():
+        monkeypatch.setattr(ladder, name, value)
+    return script
+
+
+def test_ladder_adds_one_thing_at_a_time_and_takes_each_out_alone():
+    recipes = list(ladder.rows().values())
+    textbook, *up = recipes[: 1 + len(ladder.CHANGES)]
+    assert textbook == ladder.TEXTBOOK
+    for before, after in zip([textbook, *up], up):
+        assert sum(before[key] != after[key] for key in textbook) == 1
+    for without in recipes[len(up) + 1 : 2 * len(up) + 1]:
+        changed = [key for key in textbook if without[key] != up[-1][key]]
+        assert len(changed) == 1 and without[changed[0]] == textbook[changed[0]]
+
+
+def test_ladder_scores_all_rows_and_trains_only_once(small_02, capsys, monkeypatch, tmp_path):
+    shown = []
+    judge = SimpleNamespace(score=lambda x: shown.append(x) or {"Fréchet distance": len(shown)})
+    ladder.ladder(benchmark, judge)
+    out = capsys.readouterr().out
+    assert len(shown) == len(ladder.rows()) and all(f"| {name} |" in out for name in ladder.rows())
+    assert all(x.shape == (3, 1, 28, 28) and x.abs().max() <= 1 for x in shown)
+    assert (tmp_path / "ladder.png").exists()
+    first, shown[:] = list(shown), []
+    monkeypatch.setattr(ladder.Run, "train_step", lambda self: 1 / 0)
+    ladder.ladder(benchmark, judge)
+    assert all(torch.equal(a, b) for a, b in zip(first, shown))
+
+
+def test_ladder_learns_v_where_it_says_so(small_02):
+    """The network answers 0 at first. With images of one grey, v = √ᾱ ε − √(1−ᾱ) x_0."""
+    recipe, images = ladder.rows()["+ v"], torch.zeros(40, 1, 28, 28, dtype=torch.uint8)
+    run = ladder.Run(small_02, recipe, images, 10)
+    x_0 = torch.full((2000, 1, 2, 2), 0.5)
+    run.model.forward = lambda x_t, t: torch.zeros_like(x_t)
+    alpha_bar = run.ddpm.alphas_cumprod
+    expected = (alpha_bar + (1 - alpha_bar) * 0.5**2).mean().item()
+    assert run.loss(x_0).item() == pytest.approx(expected, rel=0.05)
+    t, noise = 20, torch.randn(4, 1, 28, 28)
+    x_0 = torch.rand(4, 1, 28, 28) * 2 - 1
+    x_t = small_02.q_sample(x_0, torch.full((4,), t), noise, alpha_bar)
+    v = alpha_bar[t].sqrt() * noise - (1 - alpha_bar[t]).sqrt() * x_0
+    run.ddpm.model = lambda x_t, steps: v
+    x_0_pred, noise_pred = ladder.predict_from_v(run.ddpm, x_t, t)
+    assert torch.allclose(x_0_pred, x_0, atol=1e-5) and torch.allclose(noise_pred, noise, atol=1e-5)
