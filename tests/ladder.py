@@ -48,8 +48,8 @@ CHANGES = {  # in the order of the ladder
 def rows():
     """Return the recipes by name: up the ladder, then the full one without each of its parts.
 
-    Also the full one with less attention; and with and without averaged weights after half of the
-    training, when the learning rate is still high.
+    Also the full one with less attention; the one that 02 has on a CPU; and the full one with and
+    without averaged weights after half of the training, when the learning rate is still high.
     """
     recipe, recipes = dict(TEXTBOOK), {"the textbook": dict(TEXTBOOK)}
     for name, change in CHANGES.items():
@@ -58,6 +58,8 @@ def rows():
     for name, change in CHANGES.items():
         recipes[f"all, without {name}"] = {**recipe, **{key: TEXTBOOK[key] for key in change}}
     recipes["all, attention in the middle only"] = {**recipe, "attention": "in the middle"}
+    on_a_cpu = {**recipe, "attention": "in the middle", "predicts": "noise"}
+    recipes["02 on a CPU: ε, attention in the middle only"] = on_a_cpu
     recipes["all, halfway"] = {**recipe, "halfway": True}
     recipes["all, halfway, without averaged weights"] = {
         **recipe,
