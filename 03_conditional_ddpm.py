@@ -360,7 +360,7 @@ class GuidedDDPM:
 
         DDPM Algorithm 1; labels are withheld as in CFG Algorithm 1.
         """
-        # NEW in 03: for each image by itself it is decided whether the network is told the label.
+        # NEW in 03: each image loses its label with the probability p_uncond.
         withheld = torch.rand(len(x_0), device=self.device) < self.p_uncond
         labels = labels.masked_fill(withheld, self.null_label)
         t = torch.randint(self.T, (len(x_0),), device=self.device)  # any step, for each image
@@ -409,7 +409,7 @@ class GuidedDDPM:
     def sample(self, n=16, labels=None, guidance_scale=3.0, frames=None):
         """Make n new images out of noise, (n, C, H, W) in [-1, 1].
 
-        DDPM Algorithm 2 with the guided guess of CFG Algorithm 2. labels: as in `to_labels`.
+        DDPM Algorithm 2 with the guided prediction of CFG Algorithm 2. labels: as in `to_labels`.
         guidance_scale: 0 or more, 3 unless given; it has no effect without labels.
         frames: a list that is given up to 51 stages (t, x_t, x_0_pred) of the way, for pictures;
         the last one holds the finished images and has t = -1.

@@ -514,7 +514,7 @@ class DDIM(DDPM):
         """GOING FURTHER than DDIM: DPM-Solver++(2M), good with as few as 10 to 20 steps.
 
         steps: 1 ... T; n and x_T as in ddim_sample; there is no fresh noise. DDIM takes x̂_0 to be
-        constant during a step. Here the last two guesses are continued to the middle of the step,
+        constant during a step. Here the last two x̂_0 are continued to the middle of the step,
         in λ (2M: second order, multistep). Raises ValueError for steps out of range. DPM-Solver++
         Algorithm 2; x̂_0 is clamped, as its authors advise; their α_t is √ᾱ_t, their σ_t √(1−ᾱ_t).
         """

@@ -410,7 +410,7 @@ class VAE(nn.Module):
         """
         padded = F.pad(x, [self.margin] * 4, value=-1.0)  #                      (B, C, 32, 32)
         mean, log_variance = self.encoder(padded).chunk(2, dim=1)
-        # clamp: else exp() of an untrained guess may overflow. clone: Apple's GPUs have had wrong
+        # clamp: exp() of an untrained output may overflow. clone: Apple's GPUs have had wrong
         # results for convolutions of what is only a view of some channels.
         return mean.clone(), log_variance.clamp(-20, 10)
 
