@@ -417,7 +417,8 @@ def test_the_benchmark_in_small(project):
         if name[:2] in ("04", "05"):
             project.edit(name, DDIM_STEPS=10)
     (project.folder / "tests").mkdir()
-    shutil.copy(ROOT / "tests" / "benchmark.py", project.folder / "tests")
+    for name in "benchmark.py", "ladder.py":
+        shutil.copy(ROOT / "tests" / name, project.folder / "tests")
     project.edit("tests/benchmark.py", COUNT=20, SCALES=(1, 3))
     done = project.run("tests/benchmark.py", timeout=1800)
     assert done.returncode == 0, done.stderr
