@@ -5,8 +5,9 @@
 
 Most of an image's pixels say little. Stage 1 trains an autoencoder, a VAE, which turns an image
 into few numbers, its latents, and back. Stage 2 trains diffusion on these latents: the same U-Net,
-schedule, training and sampler as before, on an 8 × 8 grid instead of 28 × 28. To sample, diffusion
-generates latents from noise, and the decoder turns them into an image.
+schedule, training and sampler as before, on an 8 × 8 grid instead of 28 × 28; only, the network
+predicts v, a mixture of noise and latents (`loss` says why). To sample, diffusion generates latents
+from noise, and the decoder turns them into an image.
 "Stable" is no property of the method; Stability AI gave the computing time. Training on latents is
 well-behaved because they are regularised (a KL term, a small penalty for leaving N(0, 1), keeps
 them together and smooth) and have variance 1, so that z_t has variance 1 at every t. Text as input
@@ -32,6 +33,7 @@ mean            μ; E_μ(x)          (B, 4, 8, 8)        centre of the latents o
 log_variance    log σ²; log E_σ²   (B, 4, 8, 8)        how far they spread around it
 z_0, z_t        z = E(x)/σ̂, z_t    (B, 4, 8, 8)        drawn and scaled; with the noise of step t
 scale           1/σ̂ (appendix G)                       gives the latents variance 1
+v_pred          v̂_θ(z_t, t)        (B, 4, 8, 8)        the prediction of √ᾱ_t · ε − √(1−ᾱ_t) · z_0
 """
 
 # %% 1. Settings: edit and run again
@@ -477,7 +479,7 @@ def encode_all(vae, images):
 
 
 class LatentDiffusion:
-    """NEW in 05. Diffusion on the latents of a VAE: the loss of 02, the sampler of 04, no clamp.
+    """NEW in 05. Diffusion on the latents of a VAE: v instead of ε, the sampler of 04, no clamp.
 
     model: called as model(z_t, t), returns (B, latent_ch, 8, 8). vae: trained. scale: the factor
     that gives the latents the variance 1. betas: float64 (T,), each in (0, 1).
