@@ -5,31 +5,31 @@
 
 The network also gets the class of the image: a learned vector for the class, its embedding, is
 added to that of the step. One label in ten is withheld in training, so the same network also learns
-images of no class in particular. The sampler evaluates the network twice, with the label and
-without, and extrapolates from the one prediction beyond the other: the images become more typical
-of their class, and less diverse.
+to predict noise without knowing the class. The sampler evaluates the network twice, without the
+label and with it, and extrapolates from the first prediction through the second: the images become
+more typical of their class, and less diverse.
 What is new since 02 is marked `NEW in 03`; `git diff --no-index 02_ddpm.py 03_conditional_ddpm.py`
-shows all of it.
+shows every changed line.
 
 The script leaves in `outputs/03_conditional_ddpm/` a grid with a row for each class
-(`samples.png`), the same noise at increasing guidance scales (`guidance.png`), one label blended
-into another (`interpolation.png`), and the other files of 02. With `python -i`, or after
-`ddpm = load(path)`: `ddpm.sample(n=4, labels=7)`, or `ddpm.sample(n=2, labels=["3", "8"],
-guidance_scale=5.0)`.
+(`samples.png`), the same noise at increasing guidance scales (`guidance.png`), both predictions and
+their extrapolation as arrows (`guidance_vectors.png`), one label blended into another
+(`interpolation.png`), and the other files of 01. These images take 50 long steps instead of 1000;
+04 explains why that works. After `python -i 03_conditional_ddpm.py`, or `ddpm = load(path)`:
+`ddpm.sample(n=4, labels=7, steps=50)`, or `ddpm.sample(2, ["3", "8"], guidance_scale=5)`.
 
 How to read it: sections 3 to 5 are diffusion. Skim the rest.
 
 DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
-Improved DDPM = Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models,
-arXiv:2102.09672
+Improved DDPM = Nichol & Dhariwal 2021, arXiv:2102.09672
 CFG = Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598
 
 Code              Paper            Shape          Meaning (for other symbols see 02)
 labels            c                (B,)           the class of each image, 0 ... classes - 1
 null_label        ∅                               "no class in particular": the number of classes
-noise_cond        ε_θ(x_t, c)      (B, C, H, W)   noise predicted with the label
-noise_uncond      ε_θ(x_t)         (B, C, H, W)   noise predicted without it
-guidance_scale    s = 1 + w                       1: the label as it is, 0: no label, 3: guided
+noise_cond        ε_θ(x_t, t, c)   (B, C, H, W)   noise predicted with the label
+noise_uncond      ε_θ(x_t, t)      (B, C, H, W)   noise predicted without it
+guidance_scale    s = 1 + w                       0: label ignored, 1: no guidance, 2: guided
 """
 
 # %% 1. Settings: edit and run again
@@ -52,12 +52,12 @@ import torchvision
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils.visualize import draw_digits, image_table, sample_grid, save_results
+from utils.visualize import draw_digits, guidance_vectors, image_table, sample_grid, save_results
 
 ON_GPU = torch.cuda.is_available()  # selects the larger defaults below
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", "DRAWN" (offline), or a folder of images
 IMAGE_SIZE = 32  # for a folder: its images are cropped and resized to squares of this side
-T = 1000  # noise steps, in training and in sampling
+T = 1000  # noise steps in training; `sample` takes as many, or fewer
 SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear" (DDPM)
 BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; DDPM's code has 128 for CIFAR-10
 CHANNEL_MULT = (1, 2, 4)  # channels of each level in multiples of BASE_CH; 28 → 14 → 7 pixels
@@ -65,12 +65,13 @@ NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
 ATTENTION_AT = (14, 16) if ON_GPU else ()  # sides with attention; the middle always has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # regularisation for photographs
 FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirrored 3 is no digit
-EPOCHS = 30 if ON_GPU else 4  # on a CPU fewer than in 02, because guided sampling is slower
+EPOCHS = 30 if ON_GPU else 6  # times that an image is seen, on average; CIFAR10 needs hundreds
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
 LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps up
 EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 90,000 steps
-P_UNCOND = 0.1  # NEW in 03: share of the labels withheld in training; CFG: 0.1 or 0.2, not 0.5
-GUIDANCE_SCALE = 3.0  # NEW in 03: pull towards the labels; 1: the label as it is, 0: no label
+P_UNCOND = 0.1  # NEW in 03: share of the labels withheld in training; CFG: 0.1 and 0.2 beat 0.5
+GUIDANCE_SCALE = 2.0  # NEW in 03: how strongly labels act; 0: ignored, 1: no guidance
+SAMPLE_STEPS = 50  # NEW in 03: steps of sampling in the figures, 1 ... T; few are enough: see 04
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
 PREVIEW_EVERY = 5  # minutes between grids of samples
 COMPILE = False  # True: use torch.compile; slow to start, then faster
@@ -242,7 +243,7 @@ class ResBlock(nn.Module):
 
 
 class ConditionalUNet(nn.Module):
-    """Predict the noise in x_t (B, C, side, side) at step t (B,), knowing the class: 02's UNet.
+    """Predict the noise in x_t (B, C, side, side) at step t (B,): 02's UNet with the class.
 
     class_label: int64 (B,), 0 ... num_classes, the last of which stands for "no class in
     particular"; or embeddings (B, time_dim), such as mixtures of rows of label_embedding.weight.
@@ -297,10 +298,10 @@ class ConditionalUNet(nn.Module):
         mixed = self.precision != torch.float32
         with torch.autocast(x_t.device.type, self.precision, enabled=mixed):
             time = self.time(timestep_embedding(t, self.time[0].in_features))
-            # NEW in 03: the label joins the step, and with it reaches every block.
+            # NEW in 03: the label's embedding is added to the step's. Every block gets the sum.
             is_embedding = class_label.is_floating_point()
-            label = class_label if is_embedding else self.label_embedding(class_label)
-            time = F.silu(time + label)  #                               (B, time_dim)
+            embedding = class_label if is_embedding else self.label_embedding(class_label)
+            time = F.silu(time + embedding)  #                           (B, time_dim)
             h = self.conv_in(x_t)  #                                     (B, base_ch, side, side)
             skips = [h]
             for level, blocks in enumerate(self.down):
@@ -325,6 +326,15 @@ class ConditionalUNet(nn.Module):
 class GuidedDDPM:
     """A network that predicts noise, with its noise schedule, its loss and its sampler.
 
+    NEW in 03: guidance, and why it helps. The gradient of log p(x_t) with respect to x_t is called
+    the score. It points to where noisy images are more probable, and the best prediction of the
+    noise is −√(1−ᾱ_t) times the score: to remove noise is to follow the score. With the label, it
+    is the score of p(x_t | c). By Bayes' rule  ∇ log p(x_t | c) = ∇ log p(x_t) + ∇ log p(c | x_t).
+    Guidance multiplies the last term, which points to where c is easier to recognise, by s.
+    (That explains the direction, not which images come out: for s ≠ 1 these are not the scores of
+    one distribution at growing noise (arXiv:2408.09000), and what networks predict need not be a
+    gradient of anything (CFG section 3.2). That guidance works is an observation.)
+
     model: called as model(x_t, t, class_label), returns (B, C, H, W). betas: float64 (T,), each in
     (0, 1). image_shape: (C, H, W). p_uncond: share of labels withheld in training. class_names:
     the names of the classes.
@@ -336,31 +346,31 @@ class GuidedDDPM:
         self.model, self.T, self.image_shape, self.device = model, len(betas), image_shape, device
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # float64: the product of 1000 factors
         self.alphas_cumprod = alphas_cumprod.float().to(device)  # ᾱ_t for a tensor t
-        self.betas = betas.tolist()
         self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t for an int; [-1]: the clean image's
 
     @classmethod
     def build(cls, state, device):
-        """Return what state["settings"], constants by name, describe, with the weights in state.
+        """Return the sampler that a checkpoint describes, with its averaged weights.
 
-        state: the contents of a checkpoint; if it holds no weights, those of the network are new.
+        state: the contents of the checkpoint: "settings", the constants by name, and "averaged",
+        the weights. Without the latter the network is untrained.
         """
         settings = state["settings"]
-        architecture, names = [settings[name] for name in NETWORK], settings["CLASS_NAMES"]
-        model = ConditionalUNet(*architecture, len(names), best_precision(device))  # NEW in 03
+        model = ConditionalUNet(*[settings[name] for name in NETWORK], best_precision(device))
         if "averaged" in state:
             model.load_state_dict(state["averaged"])
             model.eval().requires_grad_(False)
         model.to(device, memory_format=best_layout(device))
         betas = SCHEDULES[settings["SCHEDULE"]](settings["T"])
-        return cls(model, betas, settings["IMAGE_SHAPE"], device, settings["P_UNCOND"], names)
+        own = settings["P_UNCOND"], settings["CLASS_NAMES"]  # NEW in 03
+        return cls(model, betas, settings["IMAGE_SHAPE"], device, *own)
 
     def loss(self, x_0, labels):
-        """Return the loss of images x_0 (B, C, H, W) in [-1, 1] of classes labels (B,).
+        """Return the loss of images x_0 (B, C, H, W) in [-1, 1] with class labels (B,).
 
         DDPM Algorithm 1; labels are withheld as in CFG Algorithm 1.
         """
-        # NEW in 03: each image loses its label with the probability p_uncond.
+        # NEW in 03: each image loses its label with probability p_uncond.
         withheld = torch.rand(len(x_0), device=self.device) < self.p_uncond
         labels = labels.masked_fill(withheld, self.null_label)
         t = torch.randint(self.T, (len(x_0),), device=self.device)  # any step, for each image
@@ -370,29 +380,33 @@ class GuidedDDPM:
 
     def guided_noise(self, x_t, t, class_label, guidance_scale):
         """NEW in 03. Return the noise in x_t (B, C, H, W) at t (B,), predicted with guidance."""
+        null_labels = torch.full((len(x_t),), self.null_label, device=self.device)
         noise_cond = self.model(x_t, t, class_label)
-        if guidance_scale == 1:  # the formula below would return noise_cond, too
-            return noise_cond
-        null_label = torch.full((len(x_t),), self.null_label, device=self.device)
-        noise_uncond = self.model(x_t, t, null_label)
-        # Why it helps: the best prediction is −√(1−ᾱ_t) · ∇ log p(x_t), and for a known class
-        # −√(1−ᾱ_t) · ∇ log p(x_t | c); by Bayes' rule they differ by −√(1−ᾱ_t) · ∇ log p(c | x_t).
-        # Noise is removed, so more of this difference moves x_t up that gradient: it becomes more
-        # clearly a c.
-        # CFG Eq. 6:  (1 + w) · ε_θ(x_t, c) − w · ε_θ(x_t);  with s = 1 + w that is the same as
-        # ε_θ(x_t) + s · (ε_θ(x_t, c) − ε_θ(x_t)).
+        noise_uncond = self.model(x_t, t, null_labels)
+        # CFG Eq. 6:  (1 + w) · ε_θ(x_t, t, c) − w · ε_θ(x_t, t), the same as this with s = 1 + w.
         return noise_uncond + guidance_scale * (noise_cond - noise_uncond)
 
-    def p_sample(self, x_t, t, labels, guidance_scale):
-        """Step back from x_t (B, C, H, W) at t, an int: return x_prev and x_0_pred."""
-        steps = torch.full((len(x_t),), t, device=self.device)
-        noise_pred = self.guided_noise(x_t, steps, labels, guidance_scale)
-        beta_t, alpha_bar_t = self.betas[t], self.alpha_bars[t]
-        alpha_bar_prev = self.alpha_bars[t - 1]  # 1 before t = 0
-        # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  No pixel is beyond [-1, 1]: x̂_0 must
-        # not be either. NEW in 03: guidance pushes it beyond, the further the larger the scale.
-        x_0_pred = (x_t - math.sqrt(1 - alpha_bar_t) * noise_pred) / math.sqrt(alpha_bar_t)
-        x_0_pred = x_0_pred.clamp(-1, 1)
+    def predict(self, x_t, t, labels, guidance_scale):
+        """Return x_0_pred and noise_pred, (B, C, H, W) each, for x_t at step t, an int."""
+        t_of_all = torch.full((len(x_t),), t, device=self.device)
+        if guidance_scale == 1:  # noise_uncond would cancel out
+            noise_pred = self.model(x_t, t_of_all, labels)
+        else:
+            noise_pred = self.guided_noise(x_t, t_of_all, labels, guidance_scale)
+        signal, spread = math.sqrt(self.alpha_bars[t]), math.sqrt(1 - self.alpha_bars[t])
+        # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t
+        return (x_t - spread * noise_pred) / signal, noise_pred
+
+    def p_sample(self, x_t, t, t_prev, labels, guidance_scale):
+        """Step back from x_t (B, C, H, W) at t to t_prev < t, ints: return x_prev and x_0_pred."""
+        # NEW in 02: 1/√ᾱ_t magnifies the errors of ε_θ, at the start of sampling 157 times with the
+        # linear schedule and 20,000 times with the cosine one. No pixel is beyond [-1, 1], so x̂_0
+        # must not be either. DDPM's own code clamps it, too. (And guidance pushes it far beyond.)
+        x_0_pred = self.predict(x_t, t, labels, guidance_scale)[0].clamp(-1, 1)
+        alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]
+        # NEW in 03: a long step from t to t_prev. In the formulas, read t_prev for t−1, and for α_t
+        # the product of all α between them, ᾱ_t / ᾱ_prev (Improved DDPM, section 4 and Eq. 19).
+        beta_t = 1 - alpha_bar_t / alpha_bar_prev
         # DDPM Eq. 7, the mean of x_{t−1} if x_t and x_0 are known, with x̂_0 for x_0:
         #   μ̃_t = √ᾱ_{t−1}·β_t / (1−ᾱ_t) · x̂_0 + √α_t·(1−ᾱ_{t−1}) / (1−ᾱ_t) · x_t
         # and its variance,  β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t.  Unclamped, this mean is that of
@@ -400,29 +414,30 @@ class GuidedDDPM:
         weight_x_0 = math.sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t)
         weight_x_t = math.sqrt(1 - beta_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
         x_prev = weight_x_0 * x_0_pred + weight_x_t * x_t
-        if t > 0:  # Algorithm 2, line 3: no noise in the last step, where β̃ is 0
+        if t_prev >= 0:  # Algorithm 2, line 3: no noise in the last step, where β̃ is 0
             sigma_t = math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t)
             x_prev = x_prev + sigma_t * torch.randn_like(x_t)
         return x_prev, x_0_pred
 
     @torch.no_grad()
-    def sample(self, n=16, labels=None, guidance_scale=3.0, frames=None):
+    def sample(self, n=16, labels=None, guidance_scale=2.0, steps=None, frames=None):
         """Make n new images out of noise, (n, C, H, W) in [-1, 1].
 
         DDPM Algorithm 2 with the guided prediction of CFG Algorithm 2. labels: as in `to_labels`.
-        guidance_scale: 0 or more, 3 unless given; it has no effect without labels.
+        guidance_scale: has no effect without labels. steps: 1 ... T, T unless given.
         frames: a list that is given up to 51 stages (t, x_t, x_0_pred) of the way, for pictures;
         the last one holds the finished images and has t = -1.
         """
-        # NEW in 03
-        if not (isinstance(guidance_scale, int | float) and 0 <= guidance_scale < math.inf):
-            raise ValueError(f"guidance_scale = {guidance_scale!r}: it must be a number, 0 or more")
+        # NEW in 03: with 50 of 1000 steps, t = 999, 979, ... 19, -1 (the clean image)
+        steps = steps or self.T
+        timesteps = [round(self.T * i / steps) - 1 for i in range(steps, -1, -1)]
         guidance_scale = 1 if labels is None else guidance_scale
         labels = to_labels(labels, n, self.class_names).to(self.device)
         x_t = torch.randn(n, *self.image_shape, device=self.device)
-        for t in tqdm(reversed(range(self.T)), "Sampling", self.T, unit=" steps"):
-            x_prev, x_0_pred = self.p_sample(x_t, t, labels, guidance_scale)
-            if frames is not None and (self.T - 1 - t) % math.ceil(self.T / 50) == 0:
+        bar = tqdm(timesteps[:-1], "Sampling", unit=" steps")
+        for i, (t, t_prev) in enumerate(zip(bar, timesteps[1:])):
+            x_prev, x_0_pred = self.p_sample(x_t, t, t_prev, labels, guidance_scale)
+            if frames is not None and i % math.ceil(steps / 50) == 0:
                 frames.append((t, x_t, x_0_pred))
             x_t = x_prev
         if frames is not None:
@@ -431,30 +446,25 @@ class GuidedDDPM:
 
 
 def to_labels(labels, n, class_names):
-    """NEW in 03. Return the labels of n images as a tensor, int64 (n,).
+    """NEW in 03. Return the labels of n images as int64 (n,); embeddings stay (n, time_dim).
 
     labels: None for no class; one class for all images, or a list or tensor of n classes, each its
-    name or number; len(class_names) is no class. Embeddings (n, time_dim) stay what they are.
+    name or its number; the number len(class_names) means no class.
     Raises ValueError if a class does not exist, or if there are not n labels.
     """
-    if isinstance(labels, torch.Tensor) and labels.is_floating_point() and labels.ndim == 2:
-        numbers = labels.float()
-    else:
-        labels = len(class_names) if labels is None else labels
+    labels = len(class_names) if labels is None else labels
+    if getattr(labels, "ndim", 0) < 2:
         labels = labels.tolist() if hasattr(labels, "tolist") else labels  # PyTorch's or NumPy's
-        numbers = list(labels) if isinstance(labels, list | tuple | range) else [labels] * n
-        for i, label in enumerate(numbers):
-            if label in class_names:
-                numbers[i] = class_names.index(label)
-            elif isinstance(label, bool) or label not in range(len(class_names) + 1):
+        labels = labels if isinstance(labels, list | tuple | range) else [labels] * n
+        for label in labels:
+            if label not in class_names and label not in range(len(class_names) + 1):
                 names = ", ".join(class_names)
-                raise ValueError(
-                    f"there is no class {label!r}: take its number or its name: {names}"
-                )
-        numbers = torch.tensor([int(number) for number in numbers], dtype=torch.int64)
-    if len(numbers) != n:
-        raise ValueError(f"{len(numbers)} labels for n = {n} images: give one for each, or one")
-    return numbers
+                raise ValueError(f"there is no class {label!r}; use a number or one of: {names}")
+        numbers = [class_names.index(c) if c in class_names else int(c) for c in labels]
+        labels = torch.tensor(numbers, dtype=torch.int64)
+    if len(labels) != n:
+        raise ValueError(f"{len(labels)} labels for n = {n} images: give one for each, or one")
+    return labels
 
 
 def update_average(averaged, model, step, ema_decay):
@@ -472,16 +482,11 @@ def update_average(averaged, model, step, ema_decay):
             average.lerp_(weight, 1 - decay)
 
 
-SAMPLER = GuidedDDPM  # what a checkpoint of this script holds
+SAMPLER = GuidedDDPM  # NEW in 03
 SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
 NETWORK = "IMAGE_SHAPE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"
-FIXED = (
-    "DATASET",
-    "CLASS_NAMES",
-    "T",
-    "SCHEDULE",
-    *NETWORK,
-)  # must agree with a checkpoint to go on from it
+NETWORK = *NETWORK, "NUM_CLASSES"  # NEW in 03
+FIXED = "DATASET", "CLASS_NAMES", "T", "SCHEDULE", *NETWORK  # to go on, these must be equal
 
 
 def load(path):
@@ -701,61 +706,71 @@ class Trainer:
 # %% 7. Figures
 
 
-def sample_classes(ddpm, labels, guidance_scale, size, frames=None):
-    """NEW in 03. Return an image for each label, at most `size` at once."""
-    parts = torch.as_tensor(labels).split(size)  # frames: of the first part
-    images = [
-        ddpm.sample(len(p), p, guidance_scale, None if i else frames) for i, p in enumerate(parts)
-    ]
+def sample_classes(ddpm, labels, settings, guidance_scale=None, frames=None):
+    """NEW in 03. Return an image for each label, at most BATCH_SIZE at once; frames: of the first.
+
+    All calls start from the same noise (SEED), so the images differ by label and scale alone.
+    """
+    scale = settings["GUIDANCE_SCALE"] if guidance_scale is None else guidance_scale
+    torch.manual_seed(settings["SEED"])
+    images = []
+    for part in torch.as_tensor(labels).split(settings["BATCH_SIZE"]):
+        images.append(ddpm.sample(len(part), part, scale, settings["SAMPLE_STEPS"], frames))
+        frames = None
     return torch.cat(images)
 
 
-def save_class_preview(ddpm, trainer, guidance_scale, folder, note):
-    """NEW in 03. Save two samples of each class, of the first ten."""
-    torch.manual_seed(trainer.settings["SEED"])  # the same noise each time: watch it change
-    classes = [*range(ddpm.null_label)][:10]
-    samples = sample_classes(ddpm, classes * 2, guidance_scale, trainer.settings["BATCH_SIZE"])
+def save_class_preview(ddpm, trainer, folder, note):
+    """NEW in 03. Save two samples of each of the first ten classes."""
+    labels = [*range(ddpm.null_label)][:10]
+    samples = sample_classes(ddpm, labels * 2, trainer.settings)
     path, title = folder / f"samples_step_{trainer.step:06}.png", f"After {trainer.step:,} steps"
-    sample_grid(samples, path, f"{title}, guidance scale {guidance_scale}", note, len(classes))
+    sample_grid(samples, path, title, note, len(labels))
 
 
-def save_interpolation(ddpm, seed, guidance_scale, folder, note, columns=9):
+def save_interpolation(ddpm, settings, folder, note, columns=9):
     """NEW in 03. Save images of the same noise while one label is blended into another."""
     embeddings, names = ddpm.model.label_embedding.weight, ddpm.class_names
     pairs = [p for p in ((3, 8), (4, 9), (1, 7), (0, 6), (0, 1)) if max(p) < len(names)][:4]
     if not pairs:  # a single class
         return
     first, last = (embeddings[list(ends)] for ends in zip(*pairs))
-    images = []
-    # A straight blend will do here: embeddings are no noise, whose variance would have to be kept.
-    for share in torch.linspace(0, 1, columns).tolist():
-        torch.manual_seed(seed)
-        images.append(ddpm.sample(len(pairs), first.lerp(last, share), guidance_scale))
+    weights = torch.linspace(0, 1, columns).tolist()
+    images = [sample_classes(ddpm, first.lerp(last, weight), settings) for weight in weights]
     rows = {f"{names[a]} → {names[b]}": row for (a, b), row in zip(pairs, torch.stack(images, 1))}
-    shares = [f"{100 * i / (columns - 1):.0f} %" for i in range(columns)]
-    title = f"The same noise, one label blended into another, guidance scale {guidance_scale}"
+    title = "The same noise, one label's embedding blended into another's"
+    shares = [f"{100 * weight:.0f} %" for weight in weights]
     image_table(rows, folder / "interpolation.png", shares, title, note)
 
 
-def save_class_figures(ddpm, trainer, guidance_scale, folder, note):
-    """NEW in 03. Sample six images of each class and save the figures of a finished training."""
-    seed, size, frames = trainer.settings["SEED"], trainer.settings["BATCH_SIZE"], []
-    classes = [*range(ddpm.null_label)][:10]
+def save_guidance(ddpm, settings, stage, folder, note):
+    """NEW in 03. Save what guidance does to images, and to the predictions at one stage of them.
+
+    stage: (t, x_t, x_0_pred) of images of class 0, 1, 2 ...
+    """
     names = ddpm.class_names[:10]
-    torch.manual_seed(seed)
-    samples = sample_classes(ddpm, classes * 6, guidance_scale, size, frames)
-    save_results(folder, samples, frames, trainer.losses, note)
-    rows = {name: samples[i :: len(classes)] for i, name in enumerate(names)}
-    title = f"What was asked for, guidance scale {guidance_scale}"
-    image_table(rows, folder / "samples.png", (), title, note)
-    print("Next: 7 guidance scales, then 9 steps from one label to another.")
-    rows = {}
-    for scale in (0, 1, 2, 3, 5, 7, 10):
-        torch.manual_seed(seed)  # the same noise each time
-        rows[f"s = {scale}"] = sample_classes(ddpm, classes, scale, size)
+    labels, scales = [*range(len(names))], (0, 1, 2, 3, 5, 7, 10)
+    rows = {f"s = {scale}": sample_classes(ddpm, labels, settings, scale) for scale in scales}
     title = "The same noise at increasing guidance scales"
     image_table(rows, folder / "guidance.png", names, title, note)
-    save_interpolation(ddpm, seed, guidance_scale, folder, note)
+    t, x_t, _ = stage
+    i = min(3, len(labels) - 1, len(x_t) - 1)  # a 3, if the classes are digits
+    x_t, label = x_t[i : i + 1], torch.tensor([i], device=ddpm.device)
+    predictions = {scale: ddpm.predict(x_t, t, label, scale) for scale in scales[:5]}
+    title = f"The noise predicted in one x_t, t = {t}, without the label {names[i]} and with it"
+    guidance_vectors(predictions, folder / "guidance_vectors.png", title, note)
+
+
+def save_class_figures(ddpm, trainer, folder, note):
+    """NEW in 03. Sample six images of each class and save the figures of a finished training."""
+    settings, frames, names = trainer.settings, [], ddpm.class_names[:10]
+    samples = sample_classes(ddpm, [*range(len(names))] * 6, settings, frames=frames)
+    save_results(folder, samples, frames, trainer.losses, note)
+    rows = {name: samples[i :: len(names)] for i, name in enumerate(names)}
+    title = f"What was asked for, guidance scale {settings['GUIDANCE_SCALE']}"
+    image_table(rows, folder / "samples.png", (), title, note)  # with names, unlike save_results
+    save_guidance(ddpm, settings, frames[len(frames) // 4], folder, note)
+    save_interpolation(ddpm, settings, folder, note)
 
 
 # %% 8. Run
@@ -807,6 +822,7 @@ CHECKS = (  # constants, the condition that each must meet, and the same in word
     ("ATTENTION_AT", lambda v: all(map(is_whole, v)), "like (14, 16), or ()"),
     ("P_UNCOND", lambda v: 0 < v < 1, "a number between 0 and 1"),  # NEW in 03
     ("GUIDANCE_SCALE", lambda v: 0 <= v < math.inf, "a number from 0"),  # NEW in 03
+    ("SAMPLE_STEPS", lambda v: is_whole(v) and v <= T, "a whole number from 1 to T"),  # NEW in 03
     ("DROPOUT EMA_DECAY", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
     ("LEARNING_RATE", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
     ("SAVE_EVERY PREVIEW_EVERY", lambda v: v > 0, "a number of minutes above 0"),
@@ -848,7 +864,8 @@ if __name__ == "__main__":
     count, *shape = images.shape
     if shape[1] % 2 ** (len(CHANNEL_MULT) - 1):
         sys.exit(f"CHANNEL_MULT = {CHANNEL_MULT} halves {shape[1]} pixels too often: shorten it.")
-    settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape), "CLASS_NAMES": names}
+    settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape)}
+    settings |= {"CLASS_NAMES": names, "NUM_CLASSES": len(names)}  # NEW in 03
 
     torch.manual_seed(SEED)
     if ON_GPU:  # TF32: float32 products with fewer digits, several times as fast
@@ -871,7 +888,7 @@ if __name__ == "__main__":
     for _ in trainer.run():  # pauses every PREVIEW_EVERY minutes
         if rank == 0:
             trainer.save()
-            save_class_preview(load(path), trainer, GUIDANCE_SCALE, out_dir, note)
+            save_class_preview(load(path), trainer, out_dir, note)
     if rank == 0:
         ddpm = load(path)  # has the averaged weights; python -i keeps it at hand
-        save_class_figures(ddpm, trainer, GUIDANCE_SCALE, out_dir, note)
+        save_class_figures(ddpm, trainer, out_dir, note)

@@ -6,9 +6,9 @@
 DDPM evaluates the network once for each of its 1000 steps. But training never asked for 1000 steps:
 it only fixed how much noise an image has at step t. So DDIM takes long steps, t = 999, 979, 959 ...
 or longer. A number η sets how much new noise each step adds: 1 is as much as DDPM, 0 is none.
-With η = 0 only the first noise is random: the same noise always gives the same image, a real image
-can be traced back to the noise that produces it, and interpolating between two noise samples gives
-images in between.
+With η = 0 only the first noise is random: the same noise always gives the same image, the noise
+that leads to a real image can be found, approximately, and interpolating between two noise samples
+gives images in between.
 
 Network, training and DDPM's sampler are those of 02, to the last character. If 02 has left a
 checkpoint, 04 uses its network and trains nothing. What is new is marked `NEW in 04`: the class
@@ -21,17 +21,16 @@ their samples from the same noise (`samplers.png`), reconstructions after invers
 `ddim.ddim_sample(n=16, ddim_steps=20)`, `ddim.sample(n=16)`, `ddim.ddim_invert(x)`.
 
 DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
-Improved DDPM = Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models,
-arXiv:2102.09672
+Improved DDPM = Nichol & Dhariwal 2021, arXiv:2102.09672
 DDIM = Song, Meng & Ermon 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
-DPM-Solver++ = Lu et al. 2022, DPM-Solver++: Fast Solver for Guided Sampling, arXiv:2211.01095
+DPM-Solver++ = Lu et al. 2022, arXiv:2211.01095
 
 Code            Paper             Shape          Meaning (for other symbols see 02)
 x_T             x_T               (B, C, H, W)   the noise at the start, t = T - 1
 ddim_steps      S                                network evaluations for one image
 timesteps       τ                 (S + 1,)       the steps that are visited, T - 1 ... -1
 t, t_prev       τ_i, τ_{i−1}                     the current step; the next, smaller one
-eta             η                                0 ... 1: share of the noise that DDPM would renew
+eta             η                                0 ... 1: new noise as a share of DDPM's √β̃
 sigma_t         σ_{τ_i}(η)                       standard deviation of the new noise
 alpha_bars[t]   ᾱ_t; DDIM's α_t                  as alphas_cumprod[t], and 1 for t = -1
 """
@@ -45,6 +44,7 @@ import os
 import socket
 import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic as now
 
@@ -426,17 +426,21 @@ class DDIM(DDPM):
     among those are some that skip most of the steps (section 4.2). Same arguments as DDPM.
     """
 
-    def timesteps(self, ddim_steps):
-        """Return ddim_steps + 1 timesteps, evenly spread from T - 1 down to -1, the clean image.
+    def timesteps(self, steps, spacing="even"):
+        """Return steps + 1 timesteps from T - 1 down to -1, the clean image.
 
-        50 of 1000: 999, 979, ... 39, 19, -1. Where ddim_steps does not divide T, some gaps are one
-        wider than others. (DDIM D.2 spaces evenly, too, or for CIFAR-10 quadratically, with short
-        steps at small t; neither begins at the very end.)
-        Raises ValueError unless ddim_steps is a whole number, 1 ... T.
+        spacing: "even", all steps equally long: 50 of 1000 are 999, 979, ... 39, 19, -1. "late",
+        like DDIM D.2's quadratic one, short steps near the image. "early", short steps near the
+        noise. From about 2 √T steps on, "late" and "early" have fewer than asked for, because the
+        shortest would fall on the same t.
+        Raises ValueError unless steps is a whole number, 1 ... T.
         """
-        if not isinstance(ddim_steps, int) or not 1 <= ddim_steps <= self.T:
-            raise ValueError(f"{ddim_steps!r} steps: it must be a whole number, 1 to T = {self.T}")
-        return [round(self.T * i / ddim_steps) - 1 for i in range(ddim_steps, -1, -1)]
+        if not isinstance(steps, int) or not 1 <= steps <= self.T:
+            raise ValueError(f"{steps!r} steps: it must be a whole number, 1 to T = {self.T}")
+        shares = [i / steps for i in range(steps, -1, -1)]  # 1 ... 0, of the way
+        curve = {"even": lambda u: u, "late": lambda u: u**2, "early": lambda u: 1 - (1 - u) ** 2}
+        timesteps = {round(self.T * curve[spacing](share)) - 1 for share in shares}
+        return sorted(timesteps, reverse=True)
 
     def predict(self, x_t, t):
         """As in DDPM, but clamped: return x_0_pred and noise_pred, (B, C, H, W) each."""
@@ -454,10 +458,11 @@ class DDIM(DDPM):
         # DDIM Eq. 16:  σ_t = η · √((1−ᾱ_prev) / (1−ᾱ_t)) · √(1 − ᾱ_t/ᾱ_prev)
         sigma_t = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
         sigma_t = sigma_t * math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
-        # DDIM Eq. 12:  x_prev = √ᾱ_prev · x̂_0 + √(1−ᾱ_prev−σ_t²) · ε_θ + σ_t · fresh noise.
+        # DDIM Eq. 12:  x_prev = √ᾱ_prev · x̂_0 + √(1−ᾱ_prev−σ_t²) · ε̂ + σ_t · fresh noise.
         # Old and fresh noise together have the variance 1 − ᾱ_prev that belongs to t_prev, however
-        # far away that is. η = 1 renews as much of it as a DDPM with these steps would; η = 0
-        # renews nothing: then only the start is random.
+        # far away that is. η = 1 renews as much of it as a DDPM with these steps would. η = 0
+        # renews nothing: only the start is random, and for ever shorter steps x_t follows an
+        # ordinary differential equation (DDIM Eq. 14, there for x_t/√ᾱ_t), the probability flow.
         x_prev = math.sqrt(alpha_bar_prev) * x_0_pred
         x_prev = x_prev + math.sqrt(1 - alpha_bar_prev - sigma_t**2) * noise_pred
         if sigma_t > 0:
@@ -465,15 +470,15 @@ class DDIM(DDPM):
         return x_prev, x_0_pred
 
     @torch.no_grad()
-    def ddim_sample(self, n=16, ddim_steps=50, eta=0.0, x_T=None, frames=None):
-        """Make n new images, (n, C, H, W) in [-1, 1], with ddim_steps calls of the network.
+    def ddim_sample(self, n=16, ddim_steps=50, eta=0.0, x_T=None, frames=None, spacing="even"):
+        """Make n new images, (n, C, H, W) in [-1, 1], by evaluating the network ddim_steps times.
 
         ddim_steps: 1 ... T. eta: 0 ... 1; with 0 the same noise always gives the same image, 1 with
         all T steps is `sample`. x_T: the noise to start from, (B, C, H, W), such as ddim_invert
-        finds; then n does not count. frames: as in `sample`. Raises ValueError for steps and eta
-        out of range. DDIM sections 4.1 and 4.2.
+        finds; then n does not count. frames: as in `sample`. spacing: as in `timesteps`. Raises
+        ValueError for steps and eta out of range. DDIM sections 4.1 and 4.2.
         """
-        timesteps = self.timesteps(ddim_steps)
+        timesteps = self.timesteps(ddim_steps, spacing)
         if not (isinstance(eta, int | float) and 0 <= eta <= 1):
             raise ValueError(f"eta = {eta!r}: it must be a number, 0 to 1")
         x_t = torch.randn(n, *self.image_shape, device=self.device) if x_T is None else x_T
@@ -492,16 +497,15 @@ class DDIM(DDPM):
         """Find about the noise x_T (B, C, H, W) out of which ddim_sample with eta = 0 makes x_0.
 
         x_0: (B, C, H, W) in [-1, 1]. ddim_steps: 1 ... T, as many as the way back will take; raises
-        ValueError for others. With η = 0 and small steps DDIM follows a differential equation (DDIM
-        Eq. 14), which holds in both directions (section 4.3). Sampling evaluates the
-        network at the point where a step starts. Backwards, that point is the step's end and not
-        yet known; so we evaluate it at the point that we have, and err a little. Shorter steps err
-        less.
+        ValueError for others. The differential equation behind η = 0 holds in both directions
+        (section 4.3). Sampling evaluates the network at the point where a step starts. Backwards,
+        that point is the step's end and not yet known; so we evaluate it at the point that we have,
+        and err a little. Shorter steps err less.
         """
         x_t, timesteps = x_0, self.timesteps(ddim_steps)[::-1]  # -1 ... T - 1
         bar = tqdm(timesteps[:-1], "Inverting", unit=" steps", leave=False)
         for t, t_next in zip(bar, timesteps[1:]):
-            # The network knows no t = -1: at the clean image it is asked with t = 0, the nearest.
+            # The network knows no t = -1: at the clean image it is evaluated at t = 0, the nearest.
             x_0_pred, noise_pred = self.predict(x_t, max(t, 0))
             x_0_pred = x_0 if t == -1 else x_0_pred
             alpha_bar_next = self.alpha_bars[t_next]
@@ -510,43 +514,34 @@ class DDIM(DDPM):
         return x_t
 
     @torch.no_grad()
-    def dpm_solver_sample(self, n=16, steps=15, x_T=None, power=2):
-        """GOING FURTHER than DDIM: DPM-Solver++(2M), good with as few as 10 to 20 steps.
+    def dpm_solver_sample(self, n=16, steps=15, x_T=None, spacing="early"):
+        """APPENDIX: DPM-Solver++(2M), for the equation of η = 0. n, x_T, spacing: as above.
 
-        steps: 1 ... T; n and x_T as in ddim_sample; there is no fresh noise. DDIM takes x̂_0 to be
-        constant during a step. Here the last two x̂_0 are continued to the middle of the step,
-        in λ (2M: second order, multistep). Raises ValueError for steps out of range. DPM-Solver++
-        Algorithm 2; x̂_0 is clamped, as its authors advise; their α_t is √ᾱ_t, their σ_t √(1−ᾱ_t).
+        DDIM takes x̂_0 to be constant during a step. Here the last two x̂_0 are continued to the
+        middle of the step, on the axis λ_t = log(√ᾱ_t / √(1−ᾱ_t)), half the log of the
+        signal-to-noise ratio (2M: second order, multistep). DPM-Solver++ Algorithm 2, in which our
+        √ᾱ_t is called α_t and our √(1−ᾱ_t) σ_t. Its authors threshold x̂_0 in a finer way, and end
+        at a small t > 0; the usual last step to x̂_0, where λ would be infinite, is DDIM's.
         """
-        self.timesteps(steps)  # raises the ValueError
-        # power = 1: even steps. power = 2: short ones while the noise is strong and it is decided
-        # which digit it will be, then longer and longer ones: better on MNIST (the README has the
-        # numbers). Others space evenly in t or in λ, or make the last steps short instead. (From
-        # about √(2T) steps on the shortest fall together, and there are fewer calls.)
-        timesteps = {round(self.T * (1 - (1 - i / steps) ** power)) - 1 for i in range(steps + 1)}
-        timesteps = sorted(timesteps, reverse=True)  # T - 1 ... -1
+        alpha_bars, timesteps = self.alpha_bars, self.timesteps(steps, spacing)
         x_t = torch.randn(n, *self.image_shape, device=self.device) if x_T is None else x_T
         x_0_before = h_before = None
-        bar = tqdm(timesteps[:-1], "DPM-Solver++", unit=" steps", leave=False)
-        for t, t_prev in zip(bar, timesteps[1:]):
+        bar = tqdm(pairwise(timesteps), "DPM-Solver++", len(timesteps) - 1, leave=False)
+        for t, t_prev in bar:
             x_0_pred, _ = self.predict(x_t, t)
             if t_prev == -1:
-                # To the clean image h is infinite, and D with it. So the last step is DDIM's, which
-                # ends at x̂_0: the usual addition to Algorithm 2.
                 return x_0_pred
-            h = self.half_log_snr(t_prev) - self.half_log_snr(t)  # the length of the step
+            # h = λ_prev − λ_t, the length of the step
+            odds = [alpha_bars[i] / (1 - alpha_bars[i]) for i in (t_prev, t)]
+            h = math.log(odds[0] / odds[1]) / 2
             D = x_0_pred  # all that is known in the first step, which is DDIM's too
             if h_before is not None:
                 # D = x̂_0 + (x̂_0 − x̂_0 of the step before) · h / (2 · h of the step before)
                 D = x_0_pred + (x_0_pred - x_0_before) * h / (2 * h_before)
             x_0_before, h_before = x_0_pred, h
             # x_prev = √(1−ᾱ_prev)/√(1−ᾱ_t) · x_t − √ᾱ_prev · (e^−h − 1) · D
-            ratio = math.sqrt((1 - self.alpha_bars[t_prev]) / (1 - self.alpha_bars[t]))
-            x_t = ratio * x_t - math.sqrt(self.alpha_bars[t_prev]) * math.expm1(-h) * D
-
-    def half_log_snr(self, t):
-        """Return λ_t = log(√ᾱ_t / √(1−ᾱ_t)), half the log of the signal-to-noise ratio; t >= 0."""
-        return math.log(self.alpha_bars[t] / (1 - self.alpha_bars[t])) / 2
+            ratio = math.sqrt((1 - alpha_bars[t_prev]) / (1 - alpha_bars[t]))
+            x_t = ratio * x_t - math.sqrt(alpha_bars[t_prev]) * math.expm1(-h) * D
 
 
 def update_average(averaged, model, step, ema_decay):
@@ -867,21 +862,26 @@ def save_inversion(ddim, x_0, size, folder, note):
 
 
 def save_transitions(ddim, x_0, seed, size, folder, note, points=11):
-    """NEW in 04. Save interpolations between three pairs of images x_0, and a looping animation."""
+    """NEW in 04. Save interpolations between noise samples, and a looping animation.
+
+    Along the arc between two noise samples, images change smoothly. Between two images x_0 they
+    jump: noise found by inversion is weaker than Gaussian noise (see `save_inversion`).
+    """
     steps = min(100, ddim.T)
-    x_T = torch.cat([ddim.ddim_invert(part, steps) for part in x_0[:6].split(size)])
-    rows = {}
-    for name, first in zip("ABC", range(0, len(x_T) - 1, 2)):
-        for method in "slerp", "lerp":
-            noise = interpolate(x_T[first][None], x_T[first + 1][None], points, method)[:, 0]
-            rows[f"{name}: noise, {method}"] = generate(ddim, noise, steps, size)
-        pixels = interpolate(x_0[first][None], x_0[first + 1][None], points, "lerp")[:, 0]
-        rows[f"{name}: pixels, lerp"] = pixels  # without any model
-    shares = [f"{100 * i / (points - 1):.0f} %" for i in range(points)]
-    title = "Interpolating between two training images (weight of the right-hand one)"
-    image_table(rows, folder / "interpolation.png", shares, title, note)
     torch.manual_seed(seed)
     stops = torch.randn(4, 6, *ddim.image_shape, device=ddim.device)  # 4 loops of 6 stops each
+    pairs = {"A": stops[0, :2], "B": stops[1, :2], "C": stops[2, :2]}
+    pairs["training images"] = ddim.ddim_invert(x_0[:2], steps)
+
+    def blend(a, b, method="slerp"):
+        return interpolate(a[None], b[None], points, method)[:, 0]
+
+    rows = {name: generate(ddim, blend(*pair), steps, size) for name, pair in pairs.items()}
+    rows["A, straight (lerp)"] = generate(ddim, blend(*pairs["A"], "lerp"), steps, size)
+    rows["A, pixels"] = blend(rows["A"][0], rows["A"][-1], "lerp")  # without any model
+    shares = [f"{100 * i / (points - 1):.0f} %" for i in range(points)]
+    title = "Between two noise samples along the arc (slerp), and otherwise"
+    image_table(rows, folder / "interpolation.png", shares, title, note)
     noise = torch.stack([loop(stops_of_one, 10) for stops_of_one in stops], dim=1)
 
     def show(x_T):

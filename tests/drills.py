@@ -32,7 +32,7 @@ OFTEN = {"SAVE_EVERY": 0.005}  # minutes: three times in a second
 SLIM = {"CHANNEL_MULT": (1, 2), "NUM_BLOCKS": 1, "ATTENTION_AT": (), **OFTEN}
 MORE = {
     "02": SLIM,
-    "03": SLIM,
+    "03": {"SAMPLE_STEPS": 5, **SLIM},
     "04": {"DDIM_STEPS": 5, **SLIM},
     "05": {"VAE_CH": 4, "VAE_EPOCHS": 2, "DDIM_STEPS": 5, **OFTEN},
 }

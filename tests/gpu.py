@@ -64,6 +64,7 @@ TITLES = {
 }
 MINIATURE = {  # constants for the rehearsal, of those that a script has
     **{"DATASET": "DRAWN", "T": 2, "EPOCHS": 1, "BATCH_SIZE": 16, "DDIM_STEPS": 2},
+    **{"SAMPLE_STEPS": 2},
     **{"BASE_CH": 4, "CHANNEL_MULT": (1, 2), "NUM_BLOCKS": 1, "VAE_CH": 4, "VAE_EPOCHS": 1},
 }
 GOOD = "ok", "skipped"
@@ -528,7 +529,7 @@ def script_on_mnist(number, report, options):
     script, folder, bars, speeds = SCRIPTS[number], options.work / "mnist", [], []
     known = constants_of(ROOT / script)
     few = {name: 1 for name in ("EPOCHS", "VAE_EPOCHS") if name in known}
-    path = prepare(options, folder, script, **few, **short_chain(number, 100, options))
+    path = prepare(options, folder, script, **few)
     with report.row(script=script) as row:
 
         def note(bar):
@@ -558,12 +559,6 @@ def script_on_mnist(number, report, options):
             row |= {"seconds": seconds, "sampled images/s": count / seconds}
 
 
-def short_chain(number, steps, options):
-    """Return constants that spare 03, unless it has a fast sampler, figures of 17 long chains."""
-    slow = number == "03" and "DDIM_STEPS" not in constants_of(ROOT / SCRIPTS[number])
-    return {"T": steps} if slow and not options.rehearse else {}
-
-
 def samplers_of(number, module, path):
     """Return functions from a number of images to that many, by name, for 03 to 05."""
     if number in ("01", "02"):
@@ -584,7 +579,7 @@ def script_on_cifar10(number, report, options):
     import torch
 
     folder, name = options.work / f"cifar10_{number}", SCRIPTS[number]
-    constants = {"DATASET": "CIFAR10", **short_chain(number, 200, options)}
+    constants = {"DATASET": "CIFAR10"}
     if options.rehearse:
         lay_cifar10(options.data)
     with report.row(script=name) as row:

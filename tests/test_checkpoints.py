@@ -29,7 +29,11 @@ OTHER = {
     "DROPOUT": 0.5,
     "DATASET": "CIFAR10",
 }
-MORE = {"04": {"DDIM_STEPS": 2}, "05": {"DDIM_STEPS": 2, "VAE_CH": 2, "VAE_EPOCHS": 1}}
+MORE = {
+    "03": {"SAMPLE_STEPS": 2},
+    "04": {"DDIM_STEPS": 2},
+    "05": {"DDIM_STEPS": 2, "VAE_CH": 2, "VAE_EPOCHS": 1},
+}
 OTHER_MORE = {"05": {"LATENT_CH": 3, "VAE_CH": 6, "KL_WEIGHT": 0.1}}
 KINDS = "malicious", "half", "empty", "text", "weights only", "another script's"
 FILES = [(name, "checkpoint.pt") for name in NAMES] + [("05_latent_diffusion.py", "vae.pt")]

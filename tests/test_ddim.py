@@ -87,6 +87,24 @@ def test_any_number_of_steps_falls_strictly_from_the_last_to_the_clean_image(T):
         assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
 
 
+def test_early_and_late_spacing_are_mirror_images_with_short_steps_at_one_end():
+    ddim, _ = make(oracle)
+    late, early = (ddim.timesteps(10, spacing) for spacing in ("late", "early"))
+    assert late == [round(1000 * (i / 10) ** 2) - 1 for i in range(10, -1, -1)]
+    assert early == [998 - t for t in reversed(late)]
+    assert early[0] == late[0] == 999 and early[-1] == late[-1] == -1
+    assert early[:3] == [999, 989, 959] and late[-3:] == [39, 9, -1]
+    for spacing in "even", "early", "late":
+        for steps in 1, 2, 7, 50, 999, 1000:
+            timesteps = ddim.timesteps(steps, spacing)
+            assert timesteps[0] == 999 and timesteps[-1] == -1 and len(timesteps) <= steps + 1
+            assert timesteps == sorted(set(timesteps), reverse=True)
+    with pytest.raises(KeyError):
+        ddim.timesteps(10, "odd")
+    ddim.ddim_sample(2, 10, spacing="late")
+    assert ddim.model.calls == late[:-1]
+
+
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, "50", None])
 def test_bad_numbers_of_steps(steps):
     ddim, _ = make(oracle)
@@ -233,7 +251,7 @@ def test_dpm_solver_error_falls_faster():
     x_T = torch.randn(6, 1, 4, 4, dtype=torch.float64)
     counts = 10, 20, 40, 80
     first = errors(lambda s: ddim.ddim_sample(6, s, x_T=x_T), ddim, counts, x_T)
-    second = errors(lambda s: ddim.dpm_solver_sample(6, s, x_T, power=1), ddim, counts, x_T)
+    second = errors(lambda s: ddim.dpm_solver_sample(6, s, x_T, "even"), ddim, counts, x_T)
     assert all(second[s] < first[s] for s in counts)
     assert second[80] < 0.1 * second[20], "second order: a quarter for twice the steps"
 
@@ -294,7 +312,7 @@ def test_calls_and_shapes_and_frames():
     assert ddim.dpm_solver_sample(n=2, steps=15).shape == (2, 3, 4, 6)
     assert len(ddim.model.calls) == 15
     ddim.model.calls.clear()
-    ddim.dpm_solver_sample(n=2, steps=50, power=1)
+    ddim.dpm_solver_sample(n=2, steps=50, spacing="even")
     assert ddim.model.calls == ddim.timesteps(50)[:-1]
     ddim.model.calls.clear()
     ddim.dpm_solver_sample(n=2, steps=200)  # the shortest steps fall together

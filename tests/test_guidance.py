@@ -149,11 +149,11 @@ def test_the_right_noise_gives_a_step_back_to_the_image(schedule):
     x_0, labels = x_0.clamp(-1, 1), torch.arange(5)
     ddpm = make(lambda *_: noise, schedule=getattr(script, f"{schedule}_beta_schedule"))
     for t in 0, 10, 700, 998, 999:
-        a = math.prod(1 - beta for beta in ddpm.betas[: t + 1])
+        a = ddpm.alpha_bars[t]
         x_t = math.sqrt(a) * x_0 + math.sqrt(1 - a) * noise
         for scale in 1, 3.0:  # both answers are the same here, so guidance changes nothing
             ddpm.model.asked.clear()
-            x_prev, x_0_pred = ddpm.p_sample(x_t, t, labels, scale)
+            x_prev, x_0_pred = ddpm.p_sample(x_t, t, t - 1, labels, scale)
             _, asked_t, asked_labels = ddpm.model.asked[0]
             assert torch.equal(asked_t, torch.full((5,), t)) and torch.equal(asked_labels, labels)
             assert torch.allclose(x_0_pred, x_0, rtol=0, atol=1e-9), (t, scale)
@@ -162,17 +162,17 @@ def test_the_right_noise_gives_a_step_back_to_the_image(schedule):
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_step_back_is_that_of_diffusers(schedule):
-    ddpm = make(two_answers, schedule=getattr(script, f"{schedule}_beta_schedule"))
-    scheduler = DDPMScheduler(trained_betas=ddpm.betas, clip_sample=True)
+    ddpm, betas = make(two_answers), getattr(script, f"{schedule}_beta_schedule")(1000)
+    ddpm.alpha_bars = [*betas.neg().add(1).cumprod(0).tolist(), 1.0]
+    scheduler = DDPMScheduler(trained_betas=betas.numpy(), clip_sample=True)
     scheduler.alphas_cumprod = torch.tensor(ddpm.alpha_bars[:-1], dtype=torch.float64)
-    scheduler.alphas = 1 - torch.tensor(ddpm.betas, dtype=torch.float64)
-    scheduler.betas = torch.tensor(ddpm.betas, dtype=torch.float64)
+    scheduler.alphas, scheduler.betas = 1 - betas, betas
     labels, clamped = torch.tensor([1, 2, 3, 4]), 0
     for t in 0, 1, 10, 500, 998, 999:
         for scale in 0, 1, 3.0:
             x_t = 2 * torch.randn(4, 1, 2, 2, dtype=torch.float64)
             torch.manual_seed(7)
-            ours, x_0_pred = ddpm.p_sample(x_t, t, labels, scale)
+            ours, x_0_pred = ddpm.p_sample(x_t, t, t - 1, labels, scale)
             torch.manual_seed(7)
             x_prev, x_0 = scheduler.step(
                 (0.7 + scale * (0.3 - 0.7)) * x_t, t, x_t, return_dict=False
@@ -181,6 +181,26 @@ def test_step_back_is_that_of_diffusers(schedule):
             assert torch.allclose(x_0_pred, x_0, rtol=0, atol=1e-9), (t, scale)
             assert torch.allclose(ours, x_prev, rtol=0, atol=1e-9), (t, scale)
     assert 0 < clamped < 6 * 3 * 16, "the clamp acts on some"
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
+def test_long_steps_are_those_of_diffusers(steps):
+    """Whole runs with every 20th step, say; diffusers calls these timesteps "trailing"."""
+    ddpm = make(two_answers)
+    scheduler = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing", clip_sample=True
+    )
+    scheduler.set_timesteps(steps)
+    torch.manual_seed(3)
+    ours = ddpm.sample(4, 5, guidance_scale=2.0, steps=steps)
+    torch.manual_seed(3)
+    x = torch.randn(4, 1, 2, 2)
+    for t in scheduler.timesteps:
+        noise_pred = (0.7 + 2.0 * (0.3 - 0.7)) * x
+        (x,) = scheduler.step(noise_pred, t, x, return_dict=False)[:1]
+    asked = [t[0].item() for _, t, labels in ddpm.model.asked if labels[0] == 5]
+    assert asked == scheduler.timesteps.tolist()
+    assert torch.allclose(ours, x, atol=1e-3)
 
 
 def two_answers(x_t, t, labels):
@@ -194,21 +214,21 @@ def test_scale_1_is_the_conditional_and_0_the_unconditional_guess_exactly():
     x_t, t = torch.randn(4, 1, 8, 8), torch.full((4,), 300)
     labels, null = torch.tensor([1, 2, 3, 4]), torch.full((4,), NULL)
     conditional, free = (model(x_t, t, guess) for guess in (labels, null))
-    assert torch.equal(ddpm.guided_noise(x_t, t, labels, 1), conditional)
-    assert torch.equal(ddpm.guided_noise(x_t, t, labels, 0), free)
+    assert torch.equal(ddpm.predict(x_t, 300, labels, 1)[1], conditional)
+    assert torch.equal(ddpm.predict(x_t, 300, labels, 0)[1], free)
     assert not torch.allclose(conditional, free, atol=1e-2)
 
 
 @pytest.mark.parametrize("scale", [0, 0.5, 1, 2, 3.0, 7, 10])
 def test_guidance_is_linear_in_the_two_guesses(scale):
-    """(1 + w) cond − w uncond with w = s − 1, the paper's form; with w = 0, cond alone is asked."""
+    """(1 + w) cond − w uncond with w = s − 1, the paper's form."""
     ddpm = make(two_answers)
     x_t, t = torch.randn(4, 1, 2, 2), torch.tensor([0, 300, 700, 999])
     labels, null = torch.tensor([1, 2, 3, 4]), torch.full((4,), NULL)
     w = scale - 1
     expected = (1 + w) * 0.3 * x_t - w * 0.7 * x_t
     assert torch.allclose(ddpm.guided_noise(x_t, t, labels, scale), expected, atol=1e-5)
-    asked = [labels] if scale == 1 else [labels, null]
+    asked = [labels, null]
     assert len(ddpm.model.asked) == len(asked)
     for (x, asked_t, seen), wanted in zip(ddpm.model.asked, asked):
         assert torch.equal(x, x_t) and torch.equal(asked_t, t) and torch.equal(seen, wanted)
@@ -254,18 +274,20 @@ def gaussian_classes(alphas_cumprod):
     return noise_pred
 
 
-def test_oracle_sampling_lands_on_the_component_that_was_asked_for():
+@pytest.mark.parametrize("steps", [None, 50])
+def test_oracle_sampling_lands_on_the_component_that_was_asked_for(steps):
     ddpm = make(None, T=200, image_shape=(1, 1, 1))
     ddpm.model = Recorder(gaussian_classes(ddpm.alphas_cumprod))
     n = 4000
-    free = ddpm.sample(n).flatten()
+    free = ddpm.sample(n, steps=steps).flatten()
     assert (free > 0).float().mean() == pytest.approx(0.5, abs=0.04), "both, equally often"
     for label, mean in ((0, -0.5), (1, 0.5)):
-        samples = ddpm.sample(n, label, guidance_scale=1).flatten()
+        samples = ddpm.sample(n, label, guidance_scale=1, steps=steps).flatten()
         assert ((samples > 0) == (label == 1)).float().mean() > 0.995
         assert samples.mean().item() == pytest.approx(mean, abs=0.02)
-        assert samples.std().item() == pytest.approx(0.1, rel=0.15)
-        guided = ddpm.sample(n, label, guidance_scale=5).flatten()
+        # Long steps leave too little variance: β̃ is exact for a single image (DDPM section 3.2).
+        assert samples.std().item() == pytest.approx(0.1, rel=0.25 if steps else 0.15)
+        guided = ddpm.sample(n, label, guidance_scale=5, steps=steps).flatten()
         assert ((guided > 0) == (label == 1)).all()
         assert abs(guided.mean()) > abs(samples.mean()) + 0.005, "further from the other class"
 
@@ -310,7 +332,7 @@ def test_a_name_that_is_a_number_is_the_class_of_that_name():
     assert script.to_labels(["2", "10", 2, 0], 4, names).tolist() == [2, 1, 2, 0]
 
 
-@pytest.mark.parametrize("label", [-1, 11, "cat", 2.5, True, None, [3]], ids=str)
+@pytest.mark.parametrize("label", [-1, 11, "cat", 2.5, None, [3]], ids=str)
 def test_a_label_that_does_not_exist_is_named(label):
     with pytest.raises(ValueError, match="there is no class") as error:
         script.to_labels([1, label, 2], 3, DIGITS)
@@ -326,9 +348,3 @@ def test_a_single_label_that_does_not_exist_is_named():
 def test_a_count_that_does_not_match_is_an_error(labels):
     with pytest.raises(ValueError, match=f"{len(labels)} labels for n = 3 images"):
         script.to_labels(labels, 3, DIGITS)
-
-
-@pytest.mark.parametrize("scale", [-1, math.nan, math.inf, "3", None])
-def test_a_scale_that_does_not_exist_is_an_error(scale):
-    with pytest.raises(ValueError, match="guidance_scale"):
-        make(two_answers, T=5).sample(2, 1, guidance_scale=scale)

@@ -291,7 +291,7 @@ def test_02_learns_a_small_folder_of_mixed_images(project):
 
 def test_03_takes_the_subfolders_as_classes(project):
     files = [f"{animal}/{i}.png" for animal in ("lynx", "ant", "bee") for i in range(4)]
-    prepare(project, "03_conditional_ddpm.py", *files)
+    prepare(project, "03_conditional_ddpm.py", *files, SAMPLE_STEPS=2)
     done = project.run_here("03_conditional_ddpm.py")
     assert done.returncode == 0, done.stderr
     assert "12 images of cats/," in done.stdout
@@ -315,7 +315,7 @@ def test_03_takes_the_subfolders_as_classes(project):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("03_conditional_ddpm.py", {}),
+        ("03_conditional_ddpm.py", {"SAMPLE_STEPS": 2}),
         ("05_latent_diffusion.py", {"DDIM_STEPS": 2, "VAE_EPOCHS": 1, "VAE_CH": 4}),
     ],
 )

@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {"T": 10, "BASE_CH": 8, "EPOCHS": 1, "BATCH_SIZE": 50}
 MORE = {
     "02": {"CHANNEL_MULT": (1, 2)},
-    "03": {"CHANNEL_MULT": (1, 2)},
+    "03": {"CHANNEL_MULT": (1, 2), "SAMPLE_STEPS": 5},
     "04": {"CHANNEL_MULT": (1, 2), "DDIM_STEPS": 5, "T": 50},
     "05": {"VAE_CH": 4, "VAE_EPOCHS": 1, "DDIM_STEPS": 5, "T": 50},
 }

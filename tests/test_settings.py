@@ -37,6 +37,7 @@ MORE_NONSENSE = {
     "SEED": [2.5, "0"],
     "P_UNCOND": [0, 1.0, -0.5],
     "GUIDANCE_SCALE": [-0.5, math.inf, "3"],
+    "SAMPLE_STEPS": [0, 2.5],
     "DDIM_STEPS": [0, 2.5],
     "ETA": [1.5, -0.5],
     "LATENT_CH": [0, 2.5],
@@ -47,6 +48,7 @@ MORE_NONSENSE = {
 SENSE = {"ATTENTION_AT": [[]]}  # what of NONSENSE makes sense for some
 SMALL = {
     "T": 5,
+    "SAMPLE_STEPS": 2,
     "DDIM_STEPS": 2,
     "BASE_CH": 4,
     "VAE_CH": 4,
@@ -119,12 +121,13 @@ def test_the_checks_come_before_any_work(project, path):
     assert re.match(r"CHANNEL_MULT = .* halves .* too often: shorten it\.", done.stderr)
 
 
-@pytest.mark.parametrize("path", CHECKED[2:], ids=lambda p: p.name)
-def test_more_steps_of_ddim_than_t_are_refused_before_the_training(project, path):
-    prepare(project, path.name, DDIM_STEPS=6)
+@pytest.mark.parametrize("path", CHECKED[1:], ids=lambda p: p.name)
+def test_more_steps_of_sampling_than_t_are_refused_before_the_training(project, path):
+    name = "SAMPLE_STEPS" if path.name[:2] == "03" else "DDIM_STEPS"
+    prepare(project, path.name, **{name: 6})
     done = project.run_here(path.name)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("DDIM_STEPS = 6 ")
+    assert done.stderr.startswith(f"{name} = 6 ")
     assert "checkpoint.pt" not in project.outputs(path.name)
 
 
@@ -158,6 +161,7 @@ def test_a_run_with_numbers_of_numpy_leaves_a_readable_checkpoint(project, monke
         "SEED": Code("np.int64(0)"),
         "PREVIEW_EVERY": Code("np.float64(1e-9)"),
         "GUIDANCE_SCALE": Code("np.float32(2.0)"),
+        "SAMPLE_STEPS": Code("np.int64(2)"),
         "DDIM_STEPS": Code("np.int64(2)"),
         "ETA": Code("np.float32(0.5)"),
         "LATENT_CH": Code("np.int64(4)"),

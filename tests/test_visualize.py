@@ -278,6 +278,15 @@ def test_schedules_are_those_of_diffusers():
     assert (visualize._cosine_alphas_cumprod().float() - cosine).abs().max() < 1e-6
 
 
+def guided(difference):
+    """Predictions at scales 0 to 2 whose difference is across the first."""
+    image, noise = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+    noise[..., 0, 0] = 1.0
+    across = torch.zeros(1, 1, 8, 8)
+    across[..., 0, 1] = difference
+    return {scale: (image, noise + scale * across) for scale in (0, 1, 2)}
+
+
 def scores(recall):
     names = "read as asked", "recall", "spread", "Fréchet distance"
     return {scale: dict(zip(names, (0.9, recall, 0.5, 2.0))) for scale in (0, 1, 3)}
@@ -299,6 +308,12 @@ def scores(recall):
         ),
         (visualize.trade_off, (scores(0.9),), (scores(0.3),)),
         (visualize.bars, ({"a": 3.0, "b": 1.0},), ({"a": 3.0, "b": 2.0},)),
+        (
+            visualize.quality_by_steps,
+            ({"a": {10: 3.0, 50: 1.0}}, ("DDPM", 0.9)),
+            ({"a": {10: 3.0, 50: 2.0}}, ("DDPM", 0.9)),
+        ),
+        (visualize.guidance_vectors, (guided(0.5),), (guided(0.9),)),
         (
             visualize.latent_pictures,
             (torch.zeros(3, 1, 8, 8), torch.zeros(4, 3, 2, 2)),
@@ -334,3 +349,15 @@ def test_half_hidden_is_where_signal_and_noise_are_equal(tmp_path, monkeypatch):
     visualize.latent_scaling(latents, 0.5, alphas_cumprod, tmp_path / "x.png")
     at = [int(text.split("t = ")[1]) for text in texts]
     assert at == [pytest.approx(800, abs=5), pytest.approx(500, abs=5), pytest.approx(990, abs=5)]
+
+
+def test_guidance_vectors_have_their_true_lengths_and_angles(monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr(visualize, "_save", lambda fig, path: kept.append(fig))
+    visualize.guidance_vectors(guided(0.5), tmp_path / "a.png")
+    tips = [tuple(line.get_xydata()[0]) for line in kept[0].axes[0].lines]
+    assert np.allclose(tips, [(1, 0), (1, 0.5), (1, 1)])
+    # Without any difference there is no second direction, and nothing is divided by zero.
+    visualize.guidance_vectors(guided(0.0), tmp_path / "a.png")
+    tips = [tuple(line.get_xydata()[0]) for line in kept[1].axes[0].lines]
+    assert np.allclose(tips, [(1, 0)] * 3)

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image, ImageDraw, ImageFont
 
 __all__ = [
@@ -39,10 +40,12 @@ __all__ = [
     "draw_digits",
     "forward_process",
     "grid_gif",
+    "guidance_vectors",
     "image_table",
     "latent_pictures",
     "latent_scaling",
     "loss_curve",
+    "quality_by_steps",
     "reconstruction_errors",
     "sample_grid",
     "save_results",
@@ -413,6 +416,53 @@ def trade_off(scores, path, title="What guidance gives and what it takes", note=
     right.plot(list(scores), distances, "o-", color=BLUE)
     right.set(title="Fréchet distance (lower is better)", xlabel="guidance scale")
     right.set_ylim(bottom=0)
+    return _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def guidance_vectors(predictions, path, title="Guidance in the plane of two predictions", note=""):
+    """Save the noise that is predicted at some guidance scales as arrows, with x̂_0 at their tips.
+
+    predictions: {scale: (x_0_pred, noise_pred), (1, C, H, W) each}, with scales 0 and 1. However
+    many pixels there are, the predictions without and with the label span a plane, and all others
+    lie in it: the lengths and angles that are drawn are the true ones.
+    """
+    noise = {scale: pred.flatten().double().cpu() for scale, (_, pred) in predictions.items()}
+    along = noise[0] / noise[0].norm()
+    difference = noise[1] - noise[0]
+    across = difference - (difference @ along) * along
+    across = across / across.norm().clamp(min=1e-12)
+    fig = _figure(9.5, 5.5, title, note)
+    ax = fig.subplots()
+    for scale, vector in noise.items():
+        tip, colour = (float(vector @ along), float(vector @ across)), GREY if scale > 1 else BLUE
+        colour = ORANGE if scale == 0 else colour
+        ax.annotate("", tip, (0, 0), arrowprops={"arrowstyle": "->", "color": colour, "lw": 2})
+        picture = OffsetImage(_to_uint8(predictions[scale][0])[0], zoom=1.6)
+        ax.add_artist(AnnotationBbox(picture, tip, (45, 0), boxcoords="offset points", pad=0.2))
+        ax.annotate(f"s = {scale}", tip, (75, 0), textcoords="offset points", va="center")
+        ax.plot(*tip, ".", color=colour)
+    ax.set(xlabel="along the noise predicted without label (orange)", ylabel="across it")
+    ax.margins(0.15)
+    return _save(fig, path)
+
+
+@matplotlib.rc_context(STYLE)
+def quality_by_steps(curves, reference, path, title="Quality against cost", note=""):
+    """Save how the Fréchet distance of samplers falls with the network evaluations for an image.
+
+    curves: {name: {evaluations: distance}}; reference: (name, distance), drawn across.
+    """
+    fig = _figure(9.5, 5, title, note)
+    ax = fig.subplots()
+    for i, (name, curve) in enumerate(curves.items()):
+        ax.plot(list(curve), list(curve.values()), "os^Dv"[i % 5] + "-", label=name)
+    ax.axhline(reference[1], color=GREY, linestyle="--", label=reference[0])
+    ticks = sorted({evaluations for curve in curves.values() for evaluations in curve})
+    ax.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance")
+    ax.set_xticks(ticks, ticks)
+    ax.minorticks_off()
+    ax.legend()
     return _save(fig, path)
 
 
