@@ -4,20 +4,22 @@
     torchrun --standalone --nproc_per_node=4 04_ddim_fast_sampling.py     # on 4 GPUs of one machine
 
 DDPM evaluates the network once for each of its 1000 steps. But training never asked for 1000 steps:
-it only fixed how much noise an image has at step t. So DDIM takes long steps, t = 999, 979, 959 ...
-or longer. A number η sets how much new noise each step adds: 1 is as much as DDPM, 0 is none.
+it only fixed how much noise an image has at step t. So DDIM takes long steps, such as t = 999, 979,
+959 ... A number η sets how much new noise each step adds: 1 is as much as a DDPM with these steps,
+0 is none.
 With η = 0 only the first noise is random: the same noise always gives the same image, the noise
 that leads to a real image can be found, approximately, and interpolating between two noise samples
 gives images in between.
 
 Network, training and DDPM's sampler are those of 02, to the last character. If 02 has left a
 checkpoint, 04 uses its network and trains nothing. What is new is marked `NEW in 04`: the class
-`DDIM` in section 5, and the figures.
+`DDIM` in section 5, the figures, and the use of 02's checkpoint in section 8.
 
 The script leaves in `outputs/04_ddim_fast_sampling/` a cost table of all samplers (`speed.png`),
 their samples from the same noise (`samplers.png`), reconstructions after inversion
-(`inversion.png`), interpolations between images (`interpolation.png`), a loop of transitions
-(`transitions.gif`), and the other files of 02. With `python -i`, or after `ddim = load(path)`:
+(`inversion.png`), interpolations, mostly between noise samples (`interpolation.png`), a loop of
+transitions (`transitions.gif`), and the files of 01. After `python -i 04_ddim_fast_sampling.py`, or
+`ddim = load(path)`:
 `ddim.ddim_sample(n=16, ddim_steps=20)`, `ddim.sample(n=16)`, `ddim.ddim_invert(x)`.
 
 DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -28,7 +30,7 @@ DPM-Solver++ = Lu et al. 2022, arXiv:2211.01095
 Code            Paper             Shape          Meaning (for other symbols see 02)
 x_T             x_T               (B, C, H, W)   the noise at the start, t = T - 1
 ddim_steps      S                                network evaluations for one image
-timesteps       τ                 (S + 1,)       the steps that are visited, T - 1 ... -1
+timesteps       τ                 S + 1 ints     the steps that are visited, T - 1 ... -1
 t, t_prev       τ_i, τ_{i−1}                     the current step; the next, smaller one
 eta             η                                0 ... 1: new noise as a share of DDPM's √β̃
 sigma_t         σ_{τ_i}(η)                       standard deviation of the new noise
@@ -83,7 +85,7 @@ BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs to
 LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps up
 EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 90,000 steps
 DDIM_STEPS = 50  # NEW in 04: network evaluations for an image, 1 ... T; try 10
-ETA = 0.0  # NEW in 04: new noise in each step; 0: none, 1: as much as a DDPM with these steps
+ETA = 1.0  # NEW in 04: new noise in each step; 1: as much as a DDPM with these steps, 0: none
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
 PREVIEW_EVERY = 5  # minutes between grids of samples
 COMPILE = False  # True: use torch.compile; slow to start, then faster
@@ -421,9 +423,9 @@ class DDPM:
 class DDIM(DDPM):
     """NEW in 04. DDPM with faster ways from noise to image; the training stays the same.
 
-    The loss asks only how x_t depends on x_0 (DDPM Eq. 4), never how x_t came about one step at a
-    time. So the network fits every process that has the same noise at each t (DDIM section 3), and
-    among those are some that skip most of the steps (section 4.2). Same arguments as DDPM.
+    The loss depends only on how noisy x_t is (DDPM Eq. 4), not on the path from x_0 to it. So the
+    network fits every process that has the same noise at each t (DDIM section 3), and among those
+    are some that skip most of the steps (section 4.2). Same arguments as DDPM.
     """
 
     def timesteps(self, steps, spacing="even"):
@@ -431,8 +433,8 @@ class DDIM(DDPM):
 
         spacing: "even", all steps equally long: 50 of 1000 are 999, 979, ... 39, 19, -1. "late",
         like DDIM D.2's quadratic one, short steps near the image. "early", short steps near the
-        noise. From about 2 √T steps on, "late" and "early" have fewer than asked for, because the
-        shortest would fall on the same t.
+        noise. From about √(2T) steps on, 45 of 1000, "late" and "early" have fewer than asked for,
+        because the shortest would fall on the same t.
         Raises ValueError unless steps is a whole number, 1 ... T.
         """
         if not isinstance(steps, int) or not 1 <= steps <= self.T:
@@ -458,11 +460,16 @@ class DDIM(DDPM):
         # DDIM Eq. 16:  σ_t = η · √((1−ᾱ_prev) / (1−ᾱ_t)) · √(1 − ᾱ_t/ᾱ_prev)
         sigma_t = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
         sigma_t = sigma_t * math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
-        # DDIM Eq. 12:  x_prev = √ᾱ_prev · x̂_0 + √(1−ᾱ_prev−σ_t²) · ε̂ + σ_t · fresh noise.
-        # Old and fresh noise together have the variance 1 − ᾱ_prev that belongs to t_prev, however
+        # DDIM Eq. 12:  x_prev = √ᾱ_prev · x̂_0 + √(1−ᾱ_prev−σ_t²) · ε̂ + σ_t · new noise.
+        # Old and new noise together have the variance 1 − ᾱ_prev that belongs to t_prev, however
         # far away that is. η = 1 renews as much of it as a DDPM with these steps would. η = 0
-        # renews nothing: only the start is random, and for ever shorter steps x_t follows an
-        # ordinary differential equation (DDIM Eq. 14, there for x_t/√ᾱ_t), the probability flow.
+        # renews nothing: only the start is random. With shorter and shorter steps, x_t then follows
+        # a smooth curve that its start determines, the solution of an ordinary differential
+        # equation (DDIM Eq. 14, there for x_t/√ᾱ_t).
+        # With perfect predictions and short steps, the images are equally good for any η. But the
+        # predictions are poorest where the noise is strong. η = 0 carries such errors on to the
+        # end; new noise covers them, and later steps, which see more of the image, can correct them
+        # (Karras et al. 2022, arXiv:2206.00364, section 4). The README measures both.
         x_prev = math.sqrt(alpha_bar_prev) * x_0_pred
         x_prev = x_prev + math.sqrt(1 - alpha_bar_prev - sigma_t**2) * noise_pred
         if sigma_t > 0:
@@ -470,13 +477,14 @@ class DDIM(DDPM):
         return x_prev, x_0_pred
 
     @torch.no_grad()
-    def ddim_sample(self, n=16, ddim_steps=50, eta=0.0, x_T=None, frames=None, spacing="even"):
+    def ddim_sample(self, n=16, ddim_steps=50, eta=1.0, x_T=None, frames=None, spacing="even"):
         """Make n new images, (n, C, H, W) in [-1, 1], by evaluating the network ddim_steps times.
 
         ddim_steps: 1 ... T. eta: 0 ... 1; with 0 the same noise always gives the same image, 1 with
         all T steps is `sample`. x_T: the noise to start from, (B, C, H, W), such as ddim_invert
-        finds; then n does not count. frames: as in `sample`. spacing: as in `timesteps`. Raises
-        ValueError for steps and eta out of range. DDIM sections 4.1 and 4.2.
+        finds; n is then ignored. frames: as in `sample`. spacing: as in `timesteps`; with
+        eta = 0, "early" is better. Raises ValueError for steps and eta out of range. DDIM sections
+        4.1 and 4.2.
         """
         timesteps = self.timesteps(ddim_steps, spacing)
         if not (isinstance(eta, int | float) and 0 <= eta <= 1):
@@ -494,18 +502,18 @@ class DDIM(DDPM):
 
     @torch.no_grad()
     def ddim_invert(self, x_0, ddim_steps=50):
-        """Find about the noise x_T (B, C, H, W) out of which ddim_sample with eta = 0 makes x_0.
+        """Return approximately the noise x_T from which ddim_sample with eta = 0 makes x_0.
 
-        x_0: (B, C, H, W) in [-1, 1]. ddim_steps: 1 ... T, as many as the way back will take; raises
-        ValueError for others. The differential equation behind η = 0 holds in both directions
-        (section 4.3). Sampling evaluates the network at the point where a step starts. Backwards,
-        that point is the step's end and not yet known; so we evaluate it at the point that we have,
-        and err a little. Shorter steps err less.
+        x_0: (B, C, H, W) in [-1, 1]. ddim_steps: 1 ... T, as many as the way back will take, evenly
+        spaced; raises ValueError for others. The differential equation behind η = 0 holds in both
+        directions (section 4.3). Sampling evaluates the network at the point where a step starts.
+        Backwards, that point is the step's end and not yet known, so we evaluate it at the point
+        that we have. This causes a small error, which is smaller with shorter steps.
         """
         x_t, timesteps = x_0, self.timesteps(ddim_steps)[::-1]  # -1 ... T - 1
         bar = tqdm(timesteps[:-1], "Inverting", unit=" steps", leave=False)
         for t, t_next in zip(bar, timesteps[1:]):
-            # The network knows no t = -1: at the clean image it is evaluated at t = 0, the nearest.
+            # At first x_0 is known, and only the noise is predicted, at t = 0: the nearest to -1.
             x_0_pred, noise_pred = self.predict(x_t, max(t, 0))
             x_0_pred = x_0 if t == -1 else x_0_pred
             alpha_bar_next = self.alpha_bars[t_next]
@@ -515,13 +523,13 @@ class DDIM(DDPM):
 
     @torch.no_grad()
     def dpm_solver_sample(self, n=16, steps=15, x_T=None, spacing="early"):
-        """APPENDIX: DPM-Solver++(2M), for the equation of η = 0. n, x_T, spacing: as above.
+        """OPTIONAL: DPM-Solver++(2M), for the equation of η = 0. n, x_T, spacing: as above.
 
-        DDIM takes x̂_0 to be constant during a step. Here the last two x̂_0 are continued to the
+        DDIM takes x̂_0 to be constant during a step. Here the last two x̂_0 are extrapolated to the
         middle of the step, on the axis λ_t = log(√ᾱ_t / √(1−ᾱ_t)), half the log of the
         signal-to-noise ratio (2M: second order, multistep). DPM-Solver++ Algorithm 2, in which our
-        √ᾱ_t is called α_t and our √(1−ᾱ_t) σ_t. Its authors threshold x̂_0 in a finer way, and end
-        at a small t > 0; the usual last step to x̂_0, where λ would be infinite, is DDIM's.
+        √ᾱ_t is called α_t and our √(1−ᾱ_t) σ_t. Its authors clamp x̂_0 to a range that adapts, and
+        end at a small t > 0; the usual last step to x̂_0, where λ would be infinite, is DDIM's.
         """
         alpha_bars, timesteps = self.alpha_bars, self.timesteps(steps, spacing)
         x_t = torch.randn(n, *self.image_shape, device=self.device) if x_T is None else x_T
@@ -532,8 +540,8 @@ class DDIM(DDPM):
             if t_prev == -1:
                 return x_0_pred
             # h = λ_prev − λ_t, the length of the step
-            odds = [alpha_bars[i] / (1 - alpha_bars[i]) for i in (t_prev, t)]
-            h = math.log(odds[0] / odds[1]) / 2
+            snr_prev, snr = (alpha_bars[i] / (1 - alpha_bars[i]) for i in (t_prev, t))
+            h = math.log(snr_prev / snr) / 2
             D = x_0_pred  # all that is known in the first step, which is DDIM's too
             if h_before is not None:
                 # D = x̂_0 + (x̂_0 − x̂_0 of the step before) · h / (2 · h of the step before)
@@ -789,7 +797,7 @@ def sample_in_parts(sample, n, size, frames=None):
 
 
 def save_fast_preview(ddim, trainer, ddim_steps, eta, folder, note):
-    """NEW in 04. Save 16 samples, made with DDIM: it takes but a moment."""
+    """NEW in 04. Save 16 samples, made with DDIM: it takes only a moment."""
     torch.manual_seed(trainer.settings["SEED"])  # the same noise each time: watch it change
     samples = ddim.ddim_sample(min(16, trainer.settings["BATCH_SIZE"]), ddim_steps, eta)
     path, title = folder / f"samples_step_{trainer.step:06}.png", f"After {trainer.step:,} steps"
@@ -799,23 +807,24 @@ def save_fast_preview(ddim, trainer, ddim_steps, eta, folder, note):
 def generate(ddim, x_T, ddim_steps, size):
     """NEW in 04. Return the images of noise x_T (B, C, H, W), η = 0, at most `size` at once."""
     parts = x_T.split(size)
-    return torch.cat([ddim.ddim_sample(x_T=part, ddim_steps=ddim_steps) for part in parts])
+    return torch.cat([ddim.ddim_sample(x_T=part, ddim_steps=ddim_steps, eta=0) for part in parts])
 
 
 def compare_samplers(ddim, seed, size, count):
     """NEW in 04. Return {(sampler, network evaluations): (seconds, count images)}, DDPM first."""
     samplers = {("DDPM", ddim.T): ddim.sample}
+    deterministic = partial(ddim.ddim_sample, eta=0, spacing="early")
     for name, sampler, all_steps in (
-        ("DDIM, η = 0", ddim.ddim_sample, (10, 15, 20, 50, 100)),
-        ("DDIM, η = 1", partial(ddim.ddim_sample, eta=1.0), (10, 15, 20, 50, 100)),
-        ("DPM-Solver++(2M)", ddim.dpm_solver_sample, (10, 15, 20)),
+        ("DDIM, η = 1", ddim.ddim_sample, (10, 20, 50, 100)),
+        ("DDIM, η = 0, early", deterministic, (10, 20, 40)),
+        ("DPM-Solver++(2M), early", ddim.dpm_solver_sample, (10, 20)),
     ):
         for steps in [n for n in all_steps if n <= ddim.T] or [1]:
             samplers[name, steps] = lambda n, f=sampler, steps=steps, frames=None: f(n, steps)
     ddim.ddim_sample(min(size, count), 1).cpu()  # the first call is slow and does not count
     results = {}
     for key, sampler in samplers.items():
-        torch.manual_seed(seed)  # each draws the starting noise first: the same for all
+        torch.manual_seed(seed)  # the same starting noise for all, in the first part of images
         start = now()
         images = sample_in_parts(sampler, count, size).cpu()  # .cpu() waits until a GPU is done
         results[key] = now() - start, images
@@ -825,10 +834,10 @@ def compare_samplers(ddim, seed, size, count):
 def save_comparison(ddim, seed, size, folder, note, count=64):
     """NEW in 04. Print and save what each sampler costs, and its samples from the same noise."""
     results = compare_samplers(ddim, seed, size, count)
-    slowest, _ = results["DDPM", ddim.T]
+    ddpm_seconds, _ = results["DDPM", ddim.T]
     header = ["sampler", "network evaluations", f"seconds for {count} images", "speed-up"]
     lines = [
-        [name, f"{steps}", f"{seconds:.2f}", f"{slowest / seconds:.1f} ×"]
+        [name, f"{steps}", f"{seconds:.2f}", f"{ddpm_seconds / seconds:.1f} ×"]
         for (name, steps), (seconds, _) in results.items()
     ]
     title = f"The same network with different samplers, on {ddim.device}"
@@ -839,7 +848,7 @@ def save_comparison(ddim, seed, size, folder, note, count=64):
     for name in dict.fromkeys(names):
         for i in range(3):
             row = [results.get((name, steps), nothing)[1][i] for steps in columns]
-            rows[f"{name.split('(')[0]}, noise {i + 1}"] = torch.stack(row)
+            rows[f"{name.replace('(2M)', '')}, noise {i + 1}"] = torch.stack(row)
     title = "Three noise samples with each fast sampler"
     image_table(rows, folder / "samplers.png", [f"{n} steps" for n in columns], title, note)
 
@@ -847,8 +856,7 @@ def save_comparison(ddim, seed, size, folder, note, count=64):
 def save_inversion(ddim, x_0, size, folder, note):
     """NEW in 04. Save images x_0 next to their reconstructions from inverted noise.
 
-    That noise is weaker than Gaussian noise where all images are black: there every noise becomes
-    black, and the inversion finds about the weakest of them.
+    Where all training images are black, any noise becomes black, and inversion finds weak noise.
     """
     errors, images = {}, {"image": x_0[:5]}
     for steps in [n for n in (10, 20, 50, 100, 250) if n < ddim.T] or [ddim.T]:
@@ -865,7 +873,7 @@ def save_transitions(ddim, x_0, seed, size, folder, note, points=11):
     """NEW in 04. Save interpolations between noise samples, and a looping animation.
 
     Along the arc between two noise samples, images change smoothly. Between two images x_0 they
-    jump: noise found by inversion is weaker than Gaussian noise (see `save_inversion`).
+    jump, possibly because noise found by inversion is no typical noise (see `save_inversion`).
     """
     steps = min(100, ddim.T)
     torch.manual_seed(seed)
@@ -882,10 +890,10 @@ def save_transitions(ddim, x_0, seed, size, folder, note, points=11):
     shares = [f"{100 * i / (points - 1):.0f} %" for i in range(points)]
     title = "Between two noise samples along the arc (slerp), and otherwise"
     image_table(rows, folder / "interpolation.png", shares, title, note)
-    noise = torch.stack([loop(stops_of_one, 10) for stops_of_one in stops], dim=1)
+    noise = torch.stack([loop(one_loop, 10) for one_loop in stops], dim=1)
 
     def show(x_T):
-        return ddim.ddim_sample(x_T=x_T, ddim_steps=min(50, ddim.T))
+        return ddim.ddim_sample(x_T=x_T, ddim_steps=min(50, ddim.T), eta=0)
 
     transition_gif(show, noise, folder / "transitions.gif", note.split(",")[0], size)
 

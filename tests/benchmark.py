@@ -35,6 +35,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts find `utils` beside them; so must this file
 from ladder import ladder  # noqa: E402
 
-from utils.visualize import image_table, trade_off  # noqa: E402
+from utils.visualize import image_table, quality_by_steps, trade_off  # noqa: E402
 
 OUT_DIR = ROOT / "outputs" / "benchmark"
 SCALES = 0, 1, 2, 3, 5, 7, 10
@@ -379,69 +380,63 @@ def benchmark_02(judge):
 
 
 def benchmark_03(judge):
-    """Score 03 at several guidance scales by 50 DDIM steps, and at one by all its own steps.
+    """Score 03 at several guidance scales in 50 steps, and at one in all of them.
 
     Prints a table; returns the row of the main table, and the samples.
     """
     script = SCRIPTS["03"]
-    module, ddim_module = load(script), load(SCRIPTS["04"])
+    module = load(script)
     ddpm, state, digest = read_checkpoint(script, module)
-    digest_ddim = digest_of(digest, code_of(SCRIPTS["04"], only_method=True))
     labels = torch.arange(COUNT) % 10
-    betas = module.SCHEDULES[state["settings"]["SCHEDULE"]](ddpm.T)
 
-    def by_ddim(n, first, scale):
-        def guided(x_t, t):
-            return ddpm.guided_noise(x_t, t, labels[first : first + n].to(ddpm.device), scale)
-
-        ddim = ddim_module.DDIM(guided, betas, ddpm.image_shape, ddpm.device)
-        return ddim.ddim_sample(n, 50)
+    def guided(n, first, scale, steps):
+        return ddpm.sample(n, labels[first : first + n], scale, steps)
 
     rows, results = [], {}
-    for scale in SCALES:
-        samples = draw(f"03_ddim_50_scale_{scale}", digest_ddim, partial(by_ddim, scale=scale))
-        results[scale] = judge.score(samples, labels)
-        rows.append({"guidance scale": scale, "sampler": "DDIM, 50", **in_words(results[scale])})
-
-    def by_ddpm(n, first):
-        return ddpm.sample(n, labels[first : first + n], module.GUIDANCE_SCALE)
-
-    scale = f"{module.GUIDANCE_SCALE:g}"
-    samples = draw(f"03_ddpm_scale_{scale}", digest, by_ddpm)
-    scores = in_words(judge.score(samples, labels))
-    rows.append({"guidance scale": scale, "sampler": f"DDPM, {ddpm.T}", **scores})
+    for scale, steps in *((scale, 50) for scale in SCALES), (module.GUIDANCE_SCALE, ddpm.T):
+        sample = partial(guided, scale=scale, steps=steps)
+        samples = draw(f"03_{steps}_steps_scale_{scale:g}", digest, sample)
+        scores = judge.score(samples, labels)
+        if steps == 50:
+            results[scale] = scores
+        scores = in_words(scores)
+        rows.append({"guidance scale": f"{scale:g}", "steps": steps, **scores})
     print_table("What guidance gives and takes", rows)
-    note = f"MNIST, {COUNT:,} samples each, DDIM with 50 steps, seed {SEED}"
+    note = f"MNIST, {COUNT:,} samples each, 50 steps, seed {SEED}"
     print(f"Saved {trade_off(results, OUT_DIR / 'guidance_trade_off.png', note=note)}")
-    sampler = f"DDPM, {ddpm.T} steps, scale {scale}"
+    sampler = f"DDPM, {ddpm.T} steps, scale {scale:g}"
     del scores["spread"]
     return {**cost_of(script, state["averaged"]), "sampler": sampler, **scores}, samples
 
 
 def benchmark_04(judge):
-    """Score each sampler of 04, print a table; return the row of the main table, and samples."""
+    """Score each sampler of 04, print a table and draw it; return its main row, and samples."""
     script = SCRIPTS["04"]
     module = load(script)
     ddim, state, digest = read_checkpoint(script, module)
     output = run(script).get("output", "")
-    rows, default, default_samples = [], None, None
-    for name, sampler, all_steps in (
-        ("DDPM", lambda n, _: ddim.sample(n), (ddim.T,)),
-        ("DDIM, η = 0", ddim.ddim_sample, (10, 15, 20, 50, 100)),
-        ("DDIM, η = 1", partial(ddim.ddim_sample, eta=1.0), (10, 15, 20, 50, 100)),
-        ("DPM-Solver++(2M)", ddim.dpm_solver_sample, (10, 15, 20)),
-        ("the same, even steps", partial(ddim.dpm_solver_sample, power=1), (10, 15, 20)),
-    ):
+    rows, curves, default, default_samples = [], {}, None, None
+    samplers = [("DDPM", lambda n, _: ddim.sample(n), (ddim.T,))]
+    for spacing in "even", "early", "late":
+        steps = (10, 20, 50, 100) if spacing == "even" else (10, 20, 40)
+        for eta in 1, 0:
+            sampler = partial(ddim.ddim_sample, eta=eta, spacing=spacing)
+            samplers.append((f"DDIM, η = {eta}, {spacing}", sampler, steps))
+        sampler = partial(ddim.dpm_solver_sample, spacing=spacing)
+        samplers.append((f"DPM-Solver++(2M), {spacing}", sampler, steps[:3]))
+    for name, sampler, all_steps in samplers:
         for steps in all_steps:
-            file, key = f"04_{name}_{steps}".replace(", η = ", "_eta_"), digest
+            file, key = f"04_{name}_{steps}".replace(" η = ", "_eta_").replace(", ", "_"), digest
             if name == "DDPM" and path_of(script) == path_of(SCRIPTS["02"]):
                 file = f"02_ddpm_{steps}"  # network and sampler of 02, to the last character
                 key = digest_of(code_of(SCRIPTS["02"], only_method=True), state["averaged"])
             samples = draw(file, key, lambda n, _, s=steps, sample=sampler: sample(n, s))
-            scores = in_words(judge.score(samples))
-            if (name, steps) == (f"DDIM, η = {module.ETA:g}", module.DDIM_STEPS):
+            scores = judge.score(samples)
+            curves.setdefault(name, {})[steps] = scores["Fréchet distance"]
+            scores = in_words(scores)
+            if (name, steps) == (f"DDIM, η = {module.ETA:g}, even", module.DDIM_STEPS):
                 default, default_samples = scores, samples
-            printed = name.replace("η", "eta")
+            printed = name.removesuffix(", even").replace("η", "eta")
             # The script's own table: sampler, network evaluations, seconds for 64 images, speed-up
             timed = re.search(
                 rf"(?m)^ *{re.escape(printed)}  +{steps}  +([\d.]+)  +(.+) x$", output
@@ -451,9 +446,55 @@ def benchmark_04(judge):
             times = {"seconds for 64 images": seconds, "speed-up": speedup}
             rows.append({**calls, **times, **scores})
     print_table("The samplers of 04", rows)
+    note = f"MNIST, {COUNT:,} samples each, seed {SEED}"
+    (distance,) = curves.pop("DDPM").values()
+    reference, picture = (f"DDPM, {ddim.T} steps", distance), OUT_DIR / "samplers.png"
+    print(f"Saved {quality_by_steps(curves, reference, picture, note=note)}")
+    why_noise_helps(judge, module, ddim, digest)
     sampler = f"DDIM, {module.DDIM_STEPS} steps"
     cost = cost_of(script, state["averaged"])
     return {**cost, "sampler": sampler, **default}, default_samples
+
+
+def why_noise_helps(judge, module, ddim, digest, steps=50):
+    """Print how good `steps` even steps are with new noise in a part of them, or no network.
+
+    The ideal denoiser knows 5,000 training images, which its samples repeat: what is left of the
+    distance is that of 1,000 of these images.
+    """
+    of_02, images = load(SCRIPTS["02"]), read_mnist(train=True)[0]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))
+    images = images[order[:5000]].to(ddim.device)
+
+    def ideal(x_t, t):
+        alpha_bar_t = ddim.alpha_bars[t[0].item()]
+        x_0 = of_02.ideal_x_0(x_t, alpha_bar_t, images)
+        return (x_t - alpha_bar_t**0.5 * x_0) / (1 - alpha_bar_t) ** 0.5
+
+    betas = torch.tensor(ddim.betas, dtype=torch.float64)
+    oracle = module.DDIM(ideal, betas, ddim.image_shape, ddim.device)
+    middle, rows = ddim.T // 2, []
+    for name, sampler, where, eta in (
+        ("network", ddim, "everywhere", lambda t: 1),
+        ("network", ddim, "nowhere", lambda t: 0),
+        ("network", ddim, f"for t >= {middle}", lambda t: int(t >= middle)),
+        ("network", ddim, f"for t < {middle}", lambda t: int(t < middle)),
+        ("ideal denoiser", oracle, "everywhere", lambda t: 1),
+        ("ideal denoiser", oracle, "nowhere", lambda t: 0),
+    ):
+
+        def sample(n, _, sampler=sampler, eta=eta):
+            x_t = torch.randn(n, *sampler.image_shape, device=sampler.device)
+            with torch.no_grad():
+                for t, t_prev in pairwise(sampler.timesteps(steps)):
+                    x_t, _ = sampler.ddim_step(x_t, t, t_prev, eta(t))
+            return x_t
+
+        samples = draw(f"04_{name}_noise_{where}".replace(" ", "_"), digest, sample)
+        rows.append({"predictions of": name, "new noise": where, **in_words(judge.score(samples))})
+    scores = in_words(judge.score(images[:COUNT]))
+    rows.append({"predictions of": "", "new noise": "1,000 of its images", **scores})
+    print_table(f"Why new noise helps: {steps} even steps, η = 1 or 0", rows)
 
 
 def benchmark_05(judge):

@@ -995,7 +995,7 @@ def same_mathematics(report, options):
         ("02: gradients", "02", lambda s, to: gradients(s, of_02, to(x_0), to(t), to(noise))),
         ("02: weights after a step of Muon", "02", lambda s, to: muon_step(s, of_02)),
         ("03: guided noise", "03", lambda s, to: s.guided_noise(to(noise), to(t), to(labels), 3.0)),
-        ("04: DDIM", "04", lambda s, to: s.ddim_sample(x_T=to(noise), ddim_steps=steps)),
+        ("04: DDIM", "04", lambda s, to: s.ddim_sample(x_T=to(noise), ddim_steps=steps, eta=0)),
         ("04: DDIM inversion", "04", lambda s, to: s.ddim_invert(to(x_0), steps)),
     ):
         with report.row(what=what) as row:

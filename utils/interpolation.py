@@ -4,7 +4,7 @@
     python utils/interpolation.py
 
 The functions know nothing of any model: they return tensors of noise, to be turned into images by
-whatever the reader has, such as `ddim.ddim_sample(x_T=noise)` of 04.
+whatever the reader has, such as `ddim.ddim_sample(x_T=noise, eta=0)` of 04.
 
 Run as a program, the file needs no training and leaves `outputs/interpolation/why_slerp.png`: why
 the straight line between two noises, `lerp`, is the wrong way, and the arc, `slerp`, the right one.
