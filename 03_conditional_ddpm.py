@@ -429,7 +429,7 @@ class GuidedDDPM:
         the last one holds the finished images and has t = -1.
         """
         # NEW in 03: with 50 of 1000 steps, t = 999, 979, ... 19, -1 (the clean image)
-        steps = steps or self.T
+        steps = min(steps or self.T, self.T)
         timesteps = [round(self.T * i / steps) - 1 for i in range(steps, -1, -1)]
         guidance_scale = 1 if labels is None else guidance_scale
         labels = to_labels(labels, n, self.class_names).to(self.device)
@@ -769,7 +769,7 @@ def save_class_figures(ddpm, trainer, folder, note):
     rows = {name: samples[i :: len(names)] for i, name in enumerate(names)}
     title = f"What was asked for, guidance scale {settings['GUIDANCE_SCALE']}"
     image_table(rows, folder / "samples.png", (), title, note)  # with names, unlike save_results
-    save_guidance(ddpm, settings, frames[len(frames) // 4], folder, note)
+    save_guidance(ddpm, settings, frames[len(frames) // 8], folder, note)
     save_interpolation(ddpm, settings, folder, note)
 
 

@@ -29,11 +29,11 @@ DDPM = Ho, Jain & Abbeel 2020, arXiv:2006.11239; Improved DDPM = Nichol & Dhariw
 arXiv:2102.09672; DDIM = Song, Meng & Ermon 2021, arXiv:2010.02502
 
 Code            Paper              Shape               Meaning (for other symbols see 02 and 04)
-mean            μ; E_μ(x)          (B, 4, 8, 8)        centre of the latents of an image
-log_variance    log σ²; log E_σ²   (B, 4, 8, 8)        how far they spread around it
-z_0, z_t        z = E(x)/σ̂, z_t    (B, 4, 8, 8)        drawn and scaled; with the noise of step t
+mean            μ; E_μ(x)          (B, 4, h, h)        centre of the latents of an image
+log_variance    log σ²; log E_σ²   (B, 4, h, h)        how far they spread around it
+z_0, z_t        z = E(x)/σ̂, z_t    (B, 4, h, h)        drawn and scaled; with the noise of step t
 scale           1/σ̂ (appendix G)                       gives the latents variance 1
-v_pred          v̂_θ(z_t, t)        (B, 4, 8, 8)        the prediction of √ᾱ_t · ε − √(1−ᾱ_t) · z_0
+v_pred          v̂_θ(z_t, t)        (B, 4, h, h)        the prediction of √ᾱ_t · ε − √(1−ᾱ_t) · z_0
 """
 
 # %% 1. Settings: edit and run again
@@ -47,6 +47,7 @@ import socket
 import sys
 from collections import OrderedDict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic as now
 
@@ -72,15 +73,16 @@ from utils.visualize import (
 
 ON_GPU = torch.cuda.is_available()  # selects the larger defaults below
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", "DRAWN" (offline), or a folder of images
-IMAGE_SIZE = 32  # for a folder: side of its images: a multiple of 4, at most 32
-LATENT_CH = 4  # NEW in 05: channels of the 8 × 8 latents; more: sharper, but harder to model
-VAE_CH = 32 if ON_GPU else 16  # NEW in 05: channels of the VAE at 32 × 32; twice as many per level
+IMAGE_SIZE = 64  # for a folder: its images are cropped and resized to squares of this side
+DOWNSAMPLE = 4  # NEW in 05: latents have 1/4 of the side of an image; 2, 4 or 8
+LATENT_CH = 4  # NEW in 05: channels of the latents; more: sharper, but harder to model
+VAE_CH = 32 if ON_GPU else 16  # NEW in 05: channels of the VAE at full size; more at coarser levels
 VAE_EPOCHS = 10 if ON_GPU else 2  # NEW in 05: times that an image is seen in stage 1
 KL_WEIGHT = 0.002  # NEW in 05: pull of the latents towards N(0, 1); see vae_loss
 T = 1000  # noise steps in training; sampling takes DDIM_STEPS
 SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear" (DDPM)
-BASE_CH = 128 if ON_GPU else 48  # channels of the U-Net at 8 × 8; many, because they are cheap here
-CHANNEL_MULT = (1, 2)  # in multiples of BASE_CH; 8 × 8 → 4 × 4 latents
+BASE_CH = 128 if ON_GPU else 48  # channels of the U-Net; many, because they are cheap here
+CHANNEL_MULT = (1, 2)  # in multiples of BASE_CH; MNIST: 8 × 8 → 4 × 4 latents
 NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
 ATTENTION_AT = (8,)  # resolutions of the latents with self-attention; the middle always has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # regularisation for photographs
@@ -349,7 +351,7 @@ class UNet(nn.Module):
             return self.conv_out(F.silu(self.norm_out(h))).float()  #    (B, C, side, side)
 
 
-# %% 5. VAE: NEW in 05
+# %% 5. VAE and the scale of its latents: NEW in 05
 
 
 class VAEBlock(nn.Module):
@@ -368,61 +370,62 @@ class VAEBlock(nn.Module):
 class VAE(nn.Module):
     """Turn images into few numbers, the latents, and back; KL-regularised, as in LDM section 3.1.
 
-    image_shape: (C, side, side), side a multiple of 4 up to 32; images are padded with black to
-    32 × 32, and cropped again. The encoder halves that twice, so latents are (latent_ch, 8, 8).
-    base_ch: channels at 32 × 32; 2 · base_ch at 16 and 4 · base_ch at 8.
+    image_shape: (C, side, side). downsample: the factor by which latents are smaller, 2, 4 or 8
+    (LDM's f). If the side is no multiple of 2 · downsample, images are padded with black and
+    cropped again, as MNIST's 28 to 32. base_ch: channels at full size; 2 · base_ch at half of it,
+    4 · base_ch below. latent_shape: (latent_ch, h, h).
     """
 
-    def __init__(self, image_shape, base_ch, latent_ch):
+    def __init__(self, image_shape, base_ch, latent_ch, downsample=4):
         super().__init__()
         channels, side, _ = image_shape
-        self.margin = (32 - side) // 2
-        ch_16, ch_8 = 2 * base_ch, 4 * base_ch
-        self.encoder = nn.Sequential(
-            OrderedDict(
-                conv_in=nn.Conv2d(channels, base_ch, 3, padding=1),
-                down_16=nn.Conv2d(base_ch, ch_16, 3, stride=2, padding=1),
-                block_16=VAEBlock(ch_16),
-                down_8=nn.Conv2d(ch_16, ch_8, 3, stride=2, padding=1),
-                block_8=VAEBlock(ch_8),
-                norm=group_norm(ch_8),
-                silu=nn.SiLU(),
-                conv_out=nn.Conv2d(ch_8, 2 * latent_ch, 3, padding=1),  # mean and log variance
-            )
+        padding = -side % (2 * downsample)
+        self.margin = padding // 2, padding - padding // 2
+        self.latent_shape = (
+            latent_ch,
+            (side + padding) // downsample,
+            (side + padding) // downsample,
         )
-        self.decoder = nn.Sequential(
-            OrderedDict(
-                conv_in=nn.Conv2d(latent_ch, ch_8, 3, padding=1),
-                block_8=VAEBlock(ch_8),
-                grow_16=nn.Upsample(scale_factor=2),
-                up_16=nn.Conv2d(ch_8, ch_16, 3, padding=1),
-                block_16=VAEBlock(ch_16),
-                grow_32=nn.Upsample(scale_factor=2),
-                up_32=nn.Conv2d(ch_16, base_ch, 3, padding=1),
-                norm=group_norm(base_ch),
-                silu=nn.SiLU(),
-                conv_out=nn.Conv2d(base_ch, channels, 3, padding=1),
-            )
-        )
+        levels = [base_ch * min(2**level, 4) for level in range(downsample.bit_length())]
+        down, up = [], []
+        for fine, coarse in pairwise(levels):
+            down += nn.Conv2d(fine, coarse, 3, stride=2, padding=1), VAEBlock(coarse)
+            back = nn.Upsample(scale_factor=2), nn.Conv2d(coarse, fine, 3, padding=1)
+            up = [VAEBlock(coarse), *back, *up]
+        # conv_out returns mean and log variance.
+        layers = {
+            "conv_in": nn.Conv2d(channels, base_ch, 3, padding=1),
+            "down": nn.Sequential(*down),
+        }
+        layers |= {"norm": group_norm(levels[-1]), "silu": nn.SiLU()}
+        layers |= {"conv_out": nn.Conv2d(levels[-1], 2 * latent_ch, 3, padding=1)}
+        self.encoder = nn.Sequential(OrderedDict(layers))
+        layers = {
+            "conv_in": nn.Conv2d(latent_ch, levels[-1], 3, padding=1),
+            "up": nn.Sequential(*up),
+        }
+        layers |= {"norm": group_norm(base_ch), "silu": nn.SiLU()}
+        layers |= {"conv_out": nn.Conv2d(base_ch, channels, 3, padding=1)}
+        self.decoder = nn.Sequential(OrderedDict(layers))
 
     def encode(self, x):
-        """Return mean and log variance (B, latent_ch, 8, 8) of the latents of x (B, C, H, W).
+        """Return mean and log variance (B, latent_ch, h, h) of the latents of x (B, C, H, W).
 
         An image becomes not a point but a small cloud, from which one latent is drawn.
         """
-        padded = F.pad(x, [self.margin] * 4, value=-1.0)  #                      (B, C, 32, 32)
+        padded = F.pad(x, self.margin * 2, value=-1.0)  # left and right, above and below
         mean, log_variance = self.encoder(padded).chunk(2, dim=1)
         # clamp: exp() of an untrained output may overflow. clone: Apple's GPUs have had wrong
         # results for convolutions of what is only a view of some channels.
         return mean.clone(), log_variance.clamp(-20, 10)
 
     def decode(self, z):
-        """Return images (B, C, side, side) in [-1, 1] of latents z (B, latent_ch, 8, 8)."""
+        """Return images (B, C, side, side) in [-1, 1] of latents z (B, latent_ch, h, h)."""
         return self.reconstruct(z).clamp(-1, 1)
 
     def reconstruct(self, z):
         """As decode, but unclamped, for training: a clamped pixel would learn nothing."""
-        return F.pad(self.decoder(z), [-self.margin] * 4)  # negative padding cuts off
+        return F.pad(self.decoder(z), [-margin for margin in self.margin * 2])  # cuts it off
 
     def forward(self, x):
         """Return the reconstruction of x (B, C, H, W), and its latents' mean and log variance."""
@@ -452,18 +455,15 @@ def vae_loss(x, reconstruction, mean, log_variance, kl_weight):
     return F.mse_loss(reconstruction, x) + kl_weight * kl.mean() / x[0].numel()
 
 
-# %% 6. Loss and sampler
-
-
 @torch.no_grad()
-def encode_all(vae, images):
+def encode_all(vae, images, batch_size=64):
     """NEW in 05. Return mean and standard deviation of the latents of images, and their scale.
 
-    images: uint8 (N, C, H, W). mean, deviation: (N, latent_ch, 8, 8). Computed once and kept, so
+    images: uint8 (N, C, H, W). mean, deviation: (N, latent_ch, h, h). Computed once and kept, so
     the second stage never sees an image. scale: the factor that gives drawn latents the variance 1.
     SIMPLIFIED: no mirroring here, for mirrored latents are not the latents of a mirrored image.
     """
-    means, log_variances = zip(*(vae.encode(to_batch(part)) for part in images.split(500)))
+    means, log_variances = zip(*(vae.encode(to_batch(part)) for part in images.split(batch_size)))
     mean, deviation = torch.cat(means), (torch.cat(log_variances) / 2).exp()
     # LDM appendix G:  z ← z / σ̂. One σ̂ for all values, from all images (the paper takes the first
     # batch). Centres and clouds both count:  σ̂² = Var[μ] + E[σ²].
@@ -471,17 +471,21 @@ def encode_all(vae, images):
     # be as strong as the noise not at t = 496 but at 936 of 1000 (cosine): training would mostly
     # see nearly clean latents, and the first few steps of sampling would decide everything. (LDM
     # 4.3.2 and D.1 show the harm to images larger than those trained on.)
-    # A large enough KL_WEIGHT brings the scale near 1 by itself: the decoder undoes any stretching
-    # of a channel, and the KL term is least when the mean of μ² + σ² is 1. LDM's tiny one does not:
-    # Stable Diffusion's latents have a standard deviation of 5.5, hence its 0.18215.
+    # The KL term pulls the variance towards 1, too, where its mean is least, and the decoder can
+    # undo such a stretching of a channel. How far that goes depends on KL_WEIGHT and on the length
+    # of the training. With LDM's tiny weight it does not go far: Stable Diffusion's latents have a
+    # standard deviation of 5.5, hence its factor 0.18215.
     variance = mean.var() + deviation.square().mean()
     return mean, deviation, 1 / variance.sqrt().item()
+
+
+# %% 6. Loss and sampler
 
 
 class LatentDiffusion:
     """NEW in 05. Diffusion on the latents of a VAE: v instead of ε, the sampler of 04, no clamp.
 
-    model: called as model(z_t, t), returns (B, latent_ch, 8, 8). vae: trained. scale: the factor
+    model: called as model(z_t, t), returns (B, latent_ch, h, h). vae: trained. scale: the factor
     that gives the latents the variance 1. betas: float64 (T,), each in (0, 1).
     """
 
@@ -500,7 +504,7 @@ class LatentDiffusion:
         it holds no weights of the U-Net, those are new.
         """
         settings, extras = state["settings"], state["extras"]
-        vae = VAE(settings["IMAGE_SHAPE"], settings["VAE_CH"], settings["LATENT_CH"])
+        vae = VAE(*[settings[name] for name in AUTOENCODER])
         vae.load_state_dict(extras["vae"])
         betas = SCHEDULES[settings["SCHEDULE"]](settings["T"])
         model = UNet(*[settings[name] for name in NETWORK], best_precision(device))
@@ -509,10 +513,10 @@ class LatentDiffusion:
             model.eval().requires_grad_(False)
         for network in model, vae.eval().requires_grad_(False):
             network.to(device, memory_format=best_layout(device))
-        return cls(model, vae, extras["scale"], betas, settings["LATENT_SHAPE"], device)
+        return cls(model, vae, extras["scale"], betas, vae.latent_shape, device)
 
     def loss(self, z_0):
-        """Return the loss of scaled latents z_0 (B, latent_ch, 8, 8): LDM Eq. 2, but with v."""
+        """Return the loss of scaled latents z_0 (B, latent_ch, h, h): LDM Eq. 2, but with v."""
         t = torch.randint(self.T, (len(z_0),), device=self.device)  # 0 ... T-1, all of them
         noise = torch.randn_like(z_0)
         v_pred = self.model(q_sample(z_0, t, noise, self.alphas_cumprod), t)
@@ -527,7 +531,7 @@ class LatentDiffusion:
         return F.mse_loss(v_pred, v)
 
     def predict(self, z_t, t):
-        """Return z_0_pred and noise_pred, (B, latent_ch, 8, 8) each, for z_t at step t, an int."""
+        """Return z_0_pred and noise_pred, (B, latent_ch, h, h) each, for z_t at step t, an int."""
         v_pred = self.model(z_t, torch.full((len(z_t),), t, device=self.device))
         signal, spread = math.sqrt(self.alpha_bars[t]), math.sqrt(1 - self.alpha_bars[t])
         # NEW in 05: DDPM Eq. 4 and the definition of v, solved for z_0 and ε
@@ -549,11 +553,11 @@ class LatentDiffusion:
         return z_prev, z_0_pred
 
     @torch.no_grad()
-    def sample(self, n=16, ddim_steps=50, eta=0.0, z_t=None, start=None, frames=None):
+    def sample(self, n=16, ddim_steps=50, eta=1.0, z_t=None, start=None, frames=None):
         """Make n new images, (n, C, H, W) in [-1, 1]: DDIM from noise to latents, then decoding.
 
         ddim_steps: calls of the U-Net, 1 ... T. eta: 0 ... 1, as in 04. z_t: scaled latents with
-        the noise of step `start` to go on from, (B, latent_ch, 8, 8); then n does not count.
+        the noise of step `start` to go on from, (B, latent_ch, h, h); then n does not count.
         start: T - 1 unless given. frames: as in 02, decoded. Raises ValueError for values out of
         range.
         """
@@ -582,7 +586,7 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def encode(self, x, draw=None):
-        """Return scaled latents (B, latent_ch, 8, 8) of images x (B, C, H, W) in [-1, 1].
+        """Return scaled latents (B, latent_ch, h, h) of images x (B, C, H, W) in [-1, 1].
 
         draw: noise for μ + σ · draw, which is what the diffusion was trained on; without it only μ,
         which varies less: where an image says nothing, the KL term makes μ = 0 and σ = 1.
@@ -592,7 +596,7 @@ class LatentDiffusion:
 
     @torch.no_grad()
     def decode(self, z):
-        """Return the images (B, C, H, W) in [-1, 1] of scaled latents z (B, latent_ch, 8, 8)."""
+        """Return the images (B, C, H, W) in [-1, 1] of scaled latents z (B, latent_ch, h, h)."""
         return self.vae.decode(z / self.scale)
 
 
@@ -613,8 +617,9 @@ def update_average(averaged, model, step, ema_decay):
 
 SAMPLER = LatentDiffusion  # what a checkpoint of this script holds
 SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
+AUTOENCODER = "IMAGE_SHAPE", "VAE_CH", "LATENT_CH", "DOWNSAMPLE"  # NEW in 05
 NETWORK = "LATENT_SHAPE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"
-FIXED_VAE = "DATASET", "IMAGE_SHAPE", "LATENT_CH", "VAE_CH", "KL_WEIGHT", "VAE_EPOCHS"  # NEW in 05
+FIXED_VAE = "DATASET", *AUTOENCODER, "KL_WEIGHT", "VAE_EPOCHS"  # NEW in 05
 FIXED = (
     "VAE",
     *FIXED_VAE,
@@ -874,7 +879,7 @@ def sample_in_parts(sample, n, size, frames=None):
 def save_autoencoder_figures(vae, latents, scale, alphas_cumprod, x, seed, folder, note):
     """NEW in 05. Save reconstructions of test images x, and the distribution of their latents.
 
-    latents: many unscaled ones, drawn, (N, latent_ch, 8, 8).
+    latents: many unscaled ones, drawn, (N, latent_ch, h, h).
     """
     z = torch.cat([vae.encode(part)[0] for part in x.split(64)])
     again = torch.cat([vae.decode(part) for part in z.split(64)])
@@ -926,38 +931,40 @@ def training_cost(loss):
     return (now() - start) / 2, sum(kept.values()) / 1e6
 
 
-def save_costs(ldm, x_0, architecture, folder, note):
+def save_costs(ldm, settings, folder, note, sides=(32, 64, 128), batch=4, steps=10):
     """NEW in 05. Print and save what diffusion costs on pixels and on latents, at one width.
 
-    The cost depends on the number of positions, 784 against 64: at each there are BASE_CH channels.
-    x_0: a batch of images (B, C, H, W) in [-1, 1]. architecture: BASE_CH and the rest, as in UNet.
+    Both U-Nets have BASE_CH channels at each position, and attention only in their middle, at half
+    the side; latents have DOWNSAMPLE² times fewer positions.
     """
-    rows, steps = [], min(50, ldm.T)
-    for name, shape in ("pixels", x_0.shape[1:]), ("latents", ldm.latent_shape):
-        model = UNet(shape, *architecture, ldm.model.precision)
-        model.to(ldm.device, memory_format=best_layout(ldm.device))
-        other = LatentDiffusion(model, ldm.vae, ldm.scale, ldm.betas, shape, ldm.device)
-        data = x_0 if name == "pixels" else ldm.encode(x_0)
-        seconds, megabytes = training_cost(partial(other.loss, data))
-        if name == "pixels":
-            other.decode = lambda z: z
-        other.sample(1, 2).cpu()
-        start = now()
-        other.sample(1, steps).cpu()
-        rows.append([data[0].numel(), 1000 * seconds, megabytes, now() - start])
-    header = ["", "pixels", "latents", "ratio"]
-    what = (
-        ("values per image", "{:.0f}"),
-        (f"loss and gradients of {len(x_0)} images: milliseconds", "{:.0f}"),
-        ("the same: megabytes kept for the gradients", "{:.0f}"),
-        (f"one image by {steps} steps of DDIM, decoded: seconds", "{:.2f}"),
-    )
-    lines = [
-        [name, form.format(pixel), form.format(latent), f"{pixel / latent:.1f} ×"]
-        for (name, form), pixel, latent in zip(what, *rows)
-    ]
-    title = f"The same U-Net on pixels and on latents (without stage 1), on {ldm.device}"
-    table(header, lines, folder / "cost.png", title, note)
+    lines, device, (channels, *_) = [], ldm.device, settings["IMAGE_SHAPE"]
+    for side in sides:
+        x = torch.rand(batch, channels, side, side, device=device) * 2 - 1
+        vae = VAE(x.shape[1:], *[settings[name] for name in AUTOENCODER[1:]]).to(device)
+        costs = []
+        for shape in x.shape[1:], vae.latent_shape:
+            model = UNet(
+                *(shape, settings["BASE_CH"], (1, 2), settings["NUM_BLOCKS"], (), 0.0),
+                ldm.model.precision,
+            )
+            model.to(device, memory_format=best_layout(device))
+            other = LatentDiffusion(model, vae, 1.0, ldm.betas, shape, device)
+            if shape == x.shape[1:]:
+                other.decode = lambda z: z
+            data = torch.randn(batch, *shape, device=device)
+            seconds, megabytes = training_cost(partial(other.loss, data))
+            other.sample(1, 1).cpu()
+            start = now()
+            other.sample(1, steps).cpu()
+            costs.append([1000 * seconds, megabytes, 1000 * (now() - start)])
+        what = "ms per training step", "MB for its gradients", f"ms per sample, {steps} steps"
+        for name, pixels, latents in zip(what, *costs):
+            cells = f"{pixels:.0f}", f"{latents:.0f}", f"{pixels / latents:.1f} ×"
+            lines.append([f"{side} × {side}: {name}", *cells])
+        seconds, _ = training_cost(lambda x=x, vae=vae: vae_loss(x, *vae(x), 0.002))
+        lines.append([f"{side} × {side}: ms per step of the VAE", "", f"{1000 * seconds:.0f}", ""])
+    title = f"One U-Net on pixels and on latents, {batch} images, on {device}"
+    table(["", "pixels", "latents", "ratio"], lines, folder / "cost.png", title, note)
 
 
 def save_latent_interpolation(ldm, x, seed, folder, note, points=9):
@@ -975,7 +982,9 @@ def save_latent_interpolation(ldm, x, seed, folder, note, points=9):
     # it. (DDPM section 4.4 blends two different noises along a line; half-way they are weaker.
     # slerp, right for two different noises, would magnify the one that is shared.)
     between = interpolate(z_t[0::2], z_t[1::2], points, "lerp").transpose(0, 1)
-    diffused = ldm.sample(z_t=between.flatten(0, 1), start=start, ddim_steps=min(50, start + 1))
+    diffused = ldm.sample(
+        ddim_steps=min(50, start + 1), eta=0, z_t=between.flatten(0, 1), start=start
+    )
     plain = interpolate(z_0[0::2], z_0[1::2], points, "lerp").transpose(0, 1)
     decoded = ldm.decode(plain.flatten(0, 1))
     rows = {}
@@ -997,7 +1006,7 @@ def save_latent_figures(ldm, trainer, x, folder, note):
         folder, samples, frames, trainer.losses, note, f"From latents, DDIM, {steps} steps"
     )
     save_latent_interpolation(ldm, x, settings["SEED"], folder, note)
-    save_costs(ldm, x[: min(64, size)], [settings[n] for n in NETWORK[1:]], folder, note)
+    save_costs(ldm, settings, folder, note)
 
 
 # %% 9. Run
@@ -1041,10 +1050,10 @@ def is_writable(folder):
 
 
 CHECKS = (  # constants, the condition that each must meet, and the same in words
-    ("BASE_CH NUM_BLOCKS EPOCHS BATCH_SIZE", is_whole, "a whole number from 1"),
+    ("IMAGE_SIZE BASE_CH NUM_BLOCKS EPOCHS BATCH_SIZE", is_whole, "a whole number from 1"),
     # NEW in 05
     ("LATENT_CH VAE_CH VAE_EPOCHS", is_whole, "a whole number from 1"),
-    ("IMAGE_SIZE", lambda v: v in range(4, 33, 4), "a multiple of 4, at most 32"),
+    ("DOWNSAMPLE", lambda v: v in (2, 4, 8), "2, 4 or 8"),
     ("KL_WEIGHT", lambda v: 0 <= v <= 100, "a number from 0 to 100"),
     ("T", lambda v: is_whole(v, 2), "a whole number from 2"),
     ("DDIM_STEPS", lambda v: is_whole(v) and v <= T, "a whole number from 1 to T"),  # NEW in 05
@@ -1092,17 +1101,18 @@ if __name__ == "__main__":
             dist.barrier()
     images, test_images = hold_out(images, source, data_dir)  # NEW in 05
     count, *shape = images.shape
-    if len(CHANNEL_MULT) > 4:
-        sys.exit(f"CHANNEL_MULT = {CHANNEL_MULT} halves the 8 × 8 latents too often: shorten it.")
-    latent_shape = LATENT_CH, 8, 8
-    settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape), "LATENT_SHAPE": latent_shape}
+    settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape)}
     images, x = images.to(device), to_batch(test_images.to(device))
     note = f"{source}, VAE_EPOCHS = {VAE_EPOCHS}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
 
     torch.manual_seed(SEED)
     if ON_GPU:  # TF32: float32 products with fewer digits, several times as fast
         torch.set_float32_matmul_precision("high")
-    vae = VAE(shape, VAE_CH, LATENT_CH).to(device, memory_format=best_layout(device))
+    vae = VAE(*[settings[name] for name in AUTOENCODER])  # NEW in 05
+    settings["LATENT_SHAPE"], side = vae.latent_shape, vae.latent_shape[1]
+    if side % 2 ** (len(CHANNEL_MULT) - 1):
+        sys.exit(f"CHANNEL_MULT = {CHANNEL_MULT} halves {side} latents too often: shorten it.")
+    vae.to(device, memory_format=best_layout(device))
     vae = train_vae(vae, images, settings, out_dir / "vae.pt", rank, world)  # NEW in 05
     mean, deviation, scale = encode_all(vae, images)
     settings["VAE"] = digest_of(vae)  # a stage 2 fits no other VAE than its own

@@ -78,7 +78,10 @@ def test_from_start_to_pictures_and_again(project):
     stds = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("std")]
     assert stds[:4] == pytest.approx([1] * 4, abs=0.05), "trained on scaled latents"
     table = [line for line in done.stdout.splitlines() if line.rstrip().endswith(" x")]
-    assert len(table) == 4 and " ".join(table[0].split()) == "values per image 784 256 3.1 x"
+    for line, side in zip(table, (32, 32, 32, 64, 64, 64, 128, 128, 128)):
+        assert line.strip().startswith(f"{side} x {side}: "), line
+    memory = [float(line.split()[-2]) for line in table if "MB" in line]
+    assert len(table) == 9 and all(ratio > 3 for ratio in memory), "16 times fewer positions"
     (project.folder / SCRIPT).write_text(text, encoding="utf-8")
     before = {name: (folder_of(project) / name).read_bytes() for name in FILES}
     again = project.run_here(SCRIPT)
@@ -190,7 +193,7 @@ def test_a_few_images_of_ones_own(project, without_pictures, count):
 @pytest.mark.parametrize(
     ("constants", "message"),
     [
-        ({"CHANNEL_MULT": (1, 1, 1, 1, 1)}, "halves the 8 × 8 latents too often"),
+        ({"CHANNEL_MULT": (1, 1, 1, 1, 1)}, "halves 8 latents too often"),
         ({"DDIM_STEPS": 11}, "DDIM_STEPS = 11"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",

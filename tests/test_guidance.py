@@ -203,6 +203,14 @@ def test_long_steps_are_those_of_diffusers(steps):
     assert torch.allclose(ours, x, atol=1e-3)
 
 
+def test_more_steps_than_there_are_count_as_all_of_them():
+    ddpm = make(two_answers, T=10)
+    assert ddpm.sample(2, 3, steps=50).isfinite().all()
+    assert [t[0].item() for _, t, labels in ddpm.model.asked if labels[0] == 3] == [
+        *range(9, -1, -1)
+    ]
+
+
 def two_answers(x_t, t, labels):
     """0.3 · x for labelled images, 0.7 · x for those without."""
     return torch.where((labels == NULL).view(-1, 1, 1, 1), 0.7 * x_t, 0.3 * x_t)

@@ -40,6 +40,34 @@ def test_shapes(shape, latent_ch):
     assert reconstruction.shape == x.shape and torch.equal(mean_again, mean)
 
 
+@pytest.mark.parametrize(
+    ("side", "downsample", "small"),
+    [
+        (28, 4, 8),
+        (32, 4, 8),
+        (64, 2, 32),
+        (64, 4, 16),
+        (64, 8, 8),
+        (50, 4, 14),
+        (13, 2, 8),
+        (5, 8, 2),
+    ],
+)
+def test_any_size_and_factor(side, downsample, small):
+    """Latents have an even side, so that the U-Net can halve it; padding is cut off again."""
+    vae = script.VAE((3, side, side), 4, 2, downsample).eval()
+    x = torch.rand(2, 3, side, side) * 2 - 1
+    assert vae.latent_shape == (2, small, small)
+    assert vae.encode(x)[0].shape == (2, *vae.latent_shape)
+    assert vae.decode(vae.encode(x)[0]).shape == x.shape
+    convolutions = [layer.stride[0] for layer in vae.encoder.down if isinstance(layer, nn.Conv2d)]
+    assert math.prod(convolutions) == downsample
+    vae.encoder, vae.decoder = nn.Identity(), nn.Identity()
+    padded = torch.cat(vae.encode(torch.cat([x, x], dim=1)), dim=1)
+    assert padded.shape[-1] == downsample * small
+    assert torch.equal(vae.reconstruct(padded)[:, :3], x)
+
+
 def test_decoded_images_are_in_range_but_reconstructions_in_training_are_not_clamped():
     vae = make_vae()
     z = 100 * torch.randn(4, 4, 8, 8)
@@ -290,6 +318,7 @@ SETTINGS = {
     "LATENT_SHAPE": (4, 8, 8),
     "LATENT_CH": 4,
     "VAE_CH": 8,
+    "DOWNSAMPLE": 4,
     "VAE_EPOCHS": 1,
     "KL_WEIGHT": 0.002,
     "T": 30,

@@ -351,7 +351,7 @@ def test_half_hidden_is_where_signal_and_noise_are_equal(tmp_path, monkeypatch):
     assert at == [pytest.approx(800, abs=5), pytest.approx(500, abs=5), pytest.approx(990, abs=5)]
 
 
-def test_guidance_vectors_have_their_true_lengths_and_angles(monkeypatch, tmp_path):
+def test_guidance_vectors_are_at_their_place_in_the_plane(monkeypatch, tmp_path):
     kept = []
     monkeypatch.setattr(visualize, "_save", lambda fig, path: kept.append(fig))
     visualize.guidance_vectors(guided(0.5), tmp_path / "a.png")

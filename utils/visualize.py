@@ -425,7 +425,7 @@ def guidance_vectors(predictions, path, title="Guidance in the plane of two pred
 
     predictions: {scale: (x_0_pred, noise_pred), (1, C, H, W) each}, with scales 0 and 1. However
     many pixels there are, the predictions without and with the label span a plane, and all others
-    lie in it: the lengths and angles that are drawn are the true ones.
+    lie in it: this is a map of that plane, stretched in one direction.
     """
     noise = {scale: pred.flatten().double().cpu() for scale, (_, pred) in predictions.items()}
     along = noise[0] / noise[0].norm()
@@ -442,8 +442,9 @@ def guidance_vectors(predictions, path, title="Guidance in the plane of two pred
         ax.add_artist(AnnotationBbox(picture, tip, (45, 0), boxcoords="offset points", pad=0.2))
         ax.annotate(f"s = {scale}", tip, (75, 0), textcoords="offset points", va="center")
         ax.plot(*tip, ".", color=colour)
-    ax.set(xlabel="along the noise predicted without label (orange)", ylabel="across it")
-    ax.margins(0.15)
+    ax.set(xlabel="along the noise predicted without label (orange)", ylabel="across, stretched")
+    ax.set_xlim(0, 1.2 * max(float(vector @ along) for vector in noise.values()))
+    ax.margins(y=0.15)
     return _save(fig, path)
 
 
