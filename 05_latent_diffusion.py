@@ -931,13 +931,14 @@ def training_cost(loss):
     return (now() - start) / 2, sum(kept.values()) / 1e6
 
 
-def save_costs(ldm, settings, folder, note, sides=(32, 64, 128), batch=4, steps=10):
+def save_costs(ldm, settings, folder, note, sides=(32, 64, 128), batch=4):
     """NEW in 05. Print and save what diffusion costs on pixels and on latents, at one width.
 
     Both U-Nets have BASE_CH channels at each position, and attention only in their middle, at half
     the side; latents have DOWNSAMPLE² times fewer positions.
     """
     lines, device, (channels, *_) = [], ldm.device, settings["IMAGE_SHAPE"]
+    steps = min(10, ldm.T)
     for side in sides:
         x = torch.rand(batch, channels, side, side, device=device) * 2 - 1
         vae = VAE(x.shape[1:], *[settings[name] for name in AUTOENCODER[1:]]).to(device)
