@@ -872,8 +872,8 @@ def save_inversion(ddim, x_0, size, folder, note):
 def save_transitions(ddim, x_0, seed, size, folder, note, points=11):
     """NEW in 04. Save interpolations between noise samples, and a looping animation.
 
-    Along the arc between two noise samples, images change smoothly. Between two images x_0 they
-    jump, possibly because noise found by inversion is no typical noise (see `save_inversion`).
+    Between two images x_0, too, although the noise found by inversion is no typical noise (see
+    `save_inversion`).
     """
     steps = min(100, ddim.T)
     torch.manual_seed(seed)

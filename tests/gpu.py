@@ -945,7 +945,7 @@ def twins(module, device):
 
     settings = module.check_settings(vars(module))
     settings |= {"BASE_CH": 32, "T": 40, "IMAGE_SHAPE": (1, 28, 28)}
-    settings["CLASS_NAMES"] = [*"0123456789"]  # for 03
+    settings |= {"CLASS_NAMES": [*"0123456789"], "NUM_CLASSES": 10}  # for 03
     module.best_precision = lambda _: torch.float32
     torch.manual_seed(0)
     weights = module.SAMPLER.build({"settings": settings}, torch.device("cpu")).model.state_dict()
