@@ -14,8 +14,8 @@ shows every changed line.
 The script leaves in `outputs/03_conditional_ddpm/` a grid with a row for each class
 (`samples.png`), the same noise at increasing guidance scales (`guidance.png`), both predictions and
 their extrapolation as arrows (`guidance_vectors.png`), one label blended into another
-(`interpolation.png`), and the other pictures of 01. These images take 50 long steps instead of 1000;
-04 explains why that works. After `python -i 03_conditional_ddpm.py`, or `ddpm = load(path)`:
+(`interpolation.png`), and the other pictures of 01. These images take 50 long steps, not 1000; 04
+explains why that works. After `python -i 03_conditional_ddpm.py`, or `ddpm = load(path)`:
 `ddpm.sample(n=4, labels=7, steps=50)`, or `ddpm.sample(2, ["3", "8"], guidance_scale=5)`.
 
 How to read it: sections 3 to 5 are diffusion. Skim the rest.

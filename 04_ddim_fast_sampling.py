@@ -18,8 +18,8 @@ checkpoint, 04 uses its network and trains nothing. What is new is marked `NEW i
 The script leaves in `outputs/04_ddim_fast_sampling/` a cost table of all samplers (`speed.png`),
 their samples from the same noise (`samplers.png`), reconstructions after inversion
 (`inversion.png`), interpolations, mostly between noise samples (`interpolation.png`), a loop of
-transitions (`transitions.gif`), and the pictures of 01. After `python -i 04_ddim_fast_sampling.py`, or
-`ddim = load(path)`:
+transitions (`transitions.gif`), and the pictures of 01. After `python -i 04_ddim_fast_sampling.py`,
+or `ddim = load(path)`:
 `ddim.ddim_sample(n=16, ddim_steps=20)`, `ddim.sample(n=16)`, `ddim.ddim_invert(x)`.
 
 DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
