@@ -381,11 +381,8 @@ class VAE(nn.Module):
         channels, side, _ = image_shape
         padding = -side % (2 * downsample)
         self.margin = padding // 2, padding - padding // 2
-        self.latent_shape = (
-            latent_ch,
-            (side + padding) // downsample,
-            (side + padding) // downsample,
-        )
+        small = (side + padding) // downsample
+        self.latent_shape = latent_ch, small, small
         levels = [base_ch * min(2**level, 4) for level in range(downsample.bit_length())]
         down, up = [], []
         for fine, coarse in pairwise(levels):
