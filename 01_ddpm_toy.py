@@ -18,7 +18,7 @@ x_0               x_0           (B, C, H, W)   clean images, pixels from -1 (bla
 x_t, x_prev       x_t, x_{t-1}  (B, C, H, W)   noisy images at step t, at the step before
 noise             ε             (B, C, H, W)   Gaussian noise, mean 0, variance 1
 noise_pred        ε_θ(x_t, t)   (B, C, H, W)   the network's prediction of it (θ: its weights)
-t                 t             (B,)           0 ... T-1 (paper: 1 ... T); t = 0: one step done
+t                 t             (B,)           0 ... T-1 (paper: 1 ... T); t = 0: after one step
 betas             β             (T,)           variance of the noise that a step adds
 alphas            α = 1 - β     (T,)           share of the image's variance that a step keeps
 alphas_cumprod    ᾱ             (T,)           product of the alphas: the share left at step t
@@ -61,7 +61,7 @@ def load_images(name, folder):
     socket.setdefaulttimeout(20)  # seconds; otherwise a dead connection could hang forever
     try:
         images = getattr(torchvision.datasets, name)(folder, train=True, download=True).data
-    except Exception as error:  # no network, a damaged file, no such dataset
+    except Exception as error:  # no internet, a damaged file, no such dataset
         reason = " ".join(str(error).split())
         print(f"{name} could be neither read from {folder!r} nor downloaded: {reason}")
         return load_images("DRAWN", folder) if name == "MNIST" else sys.exit(1)
@@ -114,8 +114,8 @@ class SimpleBlock(nn.Module):
         nn.init.zeros_(self.conv_2.weight)  # at first the shortcut dominates: easier to train
 
     def forward(self, x, time):
-        # Why must the network know t? ε always has variance 1, but x_t holds √(1−ᾱ_t) times it:
-        # 0.01 times at t = 0, nearly all at the end. t says how faint the noise to be found is.
+        # Why must the network know t? ε always has variance 1, but x_t contains √(1−ᾱ_t) · ε:
+        # √(1−ᾱ_t) is 0.01 at t = 0 and nearly 1 at the end. t tells the network how faint ε is.
         scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)  # (B, out_ch, 1, 1) each
         h = self.conv_1(F.silu(self.norm_1(x)))
         h = self.norm_2(h) * (1 + scale) + shift
@@ -172,9 +172,9 @@ class SimpleDDPM:
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖².  Why the square? The model should make the
-        # training images likely. A bound on that (Eq. 5) compares, at each t, our step back with
-        # the true one given x_0. For Gaussians of fixed width: the squared distance of their means
-        # (Eq. 8), this error times a factor (Eq. 12). Samples are better without it (section 3.4).
+        # training images likely. A bound on that (Eq. 5) compares our step back with the true one
+        # given x_0. Both are Gaussians of fixed width, so what counts is the squared distance of
+        # their means (Eq. 8): this error times a factor (Eq. 12), dropped by Eq. 14 (section 3.4).
         return F.mse_loss(noise_pred, noise)
 
     def p_sample(self, x_t, t):
@@ -182,9 +182,9 @@ class SimpleDDPM:
         noise_pred = self.model(x_t, torch.full((len(x_t),), t, device=self.device))
         beta_t, alpha_t, alpha_bar_t = self.betas[t], self.alphas[t], self.alphas_cumprod[t]
         # Why is the noise enough? Eq. 4, solved for x_0, turns predicted noise into an image,
-        # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  The squared error makes it the mean
-        # of all x_0 that x_t may come from: a blur (specks at first: 1/√ᾱ_t magnifies errors). So
-        # we take a small step, whose mean is right if x_0 = x̂_0 (Eq. 7 to 11), and predict again.
+        # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  The squared error makes x̂_0 the
+        # mean of all x_0 that x_t may come from: a blur (with specks, where 1/√ᾱ_t magnifies
+        # errors). So we take a small step, right if x_0 = x̂_0 (Eq. 7 to 11), and predict again.
         x_0_pred = ((x_t - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()).clamp(-1, 1)
         # (02 puts the clamped x̂_0 into Eq. 7, which stops errors, with σ_t² = β̃_t: section 3.2.)
         # DDPM Alg. 2, line 4:  x_{t−1} = 1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ) + σ_t · z,  σ_t² = β_t

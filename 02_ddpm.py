@@ -16,11 +16,11 @@ gain nothing:
 The rest is what a serious training run needs: checkpoints, 16-bit arithmetic on GPUs, several GPUs,
 and images of your own.
 
-Every few minutes the script saves a checkpoint and a grid of samples in `outputs/02_ddpm/`, at the
-end also the figures of 01 and `loss_per_timestep.png`, the network's error at each t. Stop it
-whenever you like: the same command goes on from the last checkpoint, or only samples if the
-training is finished. After `python -i 02_ddpm.py`: `ddpm.sample(n=16)`. To sample from any
-checkpoint, whatever the constants in this file say: `load("a/checkpoint.pt").sample(n=16)`.
+Every few minutes, the script saves a checkpoint and a grid of samples in `outputs/02_ddpm/`. At the
+end, it adds the figures of 01 and `loss_per_timestep.png`, the network's error at each t. Stop it
+whenever you like: the same command resumes from the last checkpoint, or only samples if training is
+finished. After `python -i 02_ddpm.py`: `ddpm.sample(n=16)`. To sample from any checkpoint, whatever
+the constants in this file say: `load("a/checkpoint.pt").sample(n=16)`.
 
 How to read it: sections 3 to 5 are diffusion. Skim the rest.
 
@@ -33,7 +33,7 @@ x_t, x_prev       x_t, x_{t-1}  (B, C, H, W)   noisy images at step t, at the st
 noise             ε             (B, C, H, W)   Gaussian noise, mean 0, variance 1
 noise_pred        ε_θ(x_t, t)   (B, C, H, W)   the network's prediction of that noise
 x_0_pred          x̂_0           (B, C, H, W)   the image that follows from this prediction
-t                 t             (B,)           0 ... T-1 (paper: 1 ... T); t = 0: one step done
+t                 t             (B,)           0 ... T-1 (paper: 1 ... T); t = 0: after one step
 betas             β             (T,)           variance of the noise that a step adds; α = 1 - β
 alphas_cumprod    ᾱ             (T,)           product of the α up to t: the image's share of x_t²
 alpha_bars        ᾱ             T + 1 floats   the same for an int t; [-1] is 1, the clean image's
@@ -69,7 +69,7 @@ SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear"
 BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; DDPM's code has 128 for CIFAR-10
 CHANNEL_MULT = (1, 2, 4)  # channels of each level in multiples of BASE_CH; 28 → 14 → 7 pixels
 NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
-ATTENTION_AT = (14, 16) if ON_GPU else ()  # sides with attention; the middle always has it
+ATTENTION_AT = (14, 16) if ON_GPU else ()  # resolutions with attention; the middle always has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # regularisation for photographs
 FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirrored 3 is no digit
 EPOCHS = 30 if ON_GPU else 6  # times that an image is seen, on average; CIFAR10 needs hundreds
@@ -100,8 +100,8 @@ def read_image(file, size):
 def load_folder(folder, size):
     """Return all images below a folder, uint8 (N, 3, size, size), labels (N,) and class names.
 
-    An image belongs to the class that its folder is named after. Files and folders whose names
-    begin with a dot do not count.
+    The class of an image is the name of the folder that contains it. Files and folders whose names
+    begin with a dot are skipped.
     """
     kinds = torchvision.datasets.folder.IMG_EXTENSIONS
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds)
@@ -121,20 +121,21 @@ def load_folder(folder, size):
 def load_dataset(name, folder, size):
     """Return images, uint8 (N, C, H, W), labels, int64 (N,), class names, and the dataset's name.
 
-    name: a dataset of torchvision, "DRAWN", or a folder of images, which are brought to this size.
-    If MNIST cannot be had, rendered digits take its place. Any other dataset must be there.
+    name: a dataset of torchvision, "DRAWN", or a folder of images, which are resized to `size`.
+    If MNIST cannot be loaded, rendered digits replace it; if another dataset cannot, the program
+    ends.
     """
     if name == "DRAWN":
         images, labels = draw_digits()
         return images[:, None], labels, [*"0123456789"], name
     if name not in ("MNIST", "FashionMNIST", "CIFAR10"):
         path = Path(name).expanduser().resolve()
-        return *load_folder(path, size), f"{path.name}/"
+        return *load_folder(path, size), f"{path.parent.name}/{path.name}/"
     socket.setdefaulttimeout(20)  # seconds; otherwise a dead connection would hang for ever
     try:
         data = getattr(torchvision.datasets, name)(folder, train=True, download=True)
         images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-    except Exception as error:  # no network or a damaged file
+    except Exception as error:  # no internet or a damaged file
         reason = " ".join(str(error).split())
         print(f"{name} could be neither read from {folder} nor downloaded: {reason}")
         return load_dataset("DRAWN", folder, size) if name == "MNIST" else sys.exit(1)
@@ -192,7 +193,7 @@ def group_norm(ch):
 
 
 def zero_init(layer):
-    """Set a layer's weights to zero: a block that ends with it starts as just its shortcut."""
+    """Set a layer's weights to zero, so that a block ending in it starts as its shortcut alone."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -202,9 +203,9 @@ class Attention(nn.Module):
     """NEW in 02. Let each position of x (B, ch, H, W) gather information from all others.
 
     Each position has a query, a key and a value. It receives the mean of all values, weighted by
-    how well their keys match its query. Several heads do so side by side, each with its share of
-    the channels. A convolution sees 3 × 3 positions, attention sees all of them; but its cost grows
-    with the square of the number of positions, so only coarse levels have it.
+    how well their keys match its query. Several heads do this in parallel, each on its share of the
+    channels. A convolution sees 3 × 3 positions, and attention sees them all. But the cost of
+    attention grows with the square of their number, so only coarse levels have it.
     """
 
     def __init__(self, ch):
@@ -224,9 +225,9 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a shortcut, adjusted to t; then attention, if asked for.
+    """Two convolutions, conditioned on t, and a shortcut; then attention, if requested.
 
-    Takes x (B, in_ch, H, W) and t as `time` (B, time_dim), returns (B, out_ch, H, W).
+    Takes x (B, in_ch, H, W) and `time` (B, time_dim), t's embedding; returns (B, out_ch, H, W).
     """
 
     def __init__(self, in_ch, out_ch, time_dim, dropout, attention=False):
@@ -249,7 +250,8 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """Predict the noise (05: v) in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
 
-    For MNIST on a CPU, where NUM_BLOCKS = 1, BASE_CH = 16 (every output on the left is a skip):
+    This is the network of 02 to 04 for MNIST on a CPU, with NUM_BLOCKS = 1 and BASE_CH = 16. Every
+    output on the left is a skip. (05 has two levels, 8 × 8 and 4 × 4.)
 
     28 × 28   conv_in (16) → block (16) ───── 2 skips ────→ 2 blocks (16) → conv_out
                 ↓ shrink                                      ↑ grow
@@ -258,7 +260,7 @@ class UNet(nn.Module):
      7 × 7                  └ block (64) ──── 2 skips ────→ 2 blocks (64)
                                 └─→ middle_1* (64) → middle_2 (64) ┘
 
-    Each level after the first halves the side, which must be even each time. attention_at: sides
+    Each level after the first halves the resolution, which must be even. attention_at: resolutions
     at which the blocks have attention. precision: the dtype of convolutions and matrix products.
     """
 
@@ -300,8 +302,8 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(ch, channels, 3, padding=1))
 
     def forward(self, x_t, t):
-        # Mixed precision: products are computed with 16 bits if the GPU is fast at it; weights,
-        # sums over many values and everything outside stay float32.
+        # Mixed precision: matrix products use 16 bits if the GPU is fast at that. Weights, sums
+        # over many values and everything outside the network stay float32.
         mixed = self.precision != torch.float32
         with torch.autocast(x_t.device.type, self.precision, enabled=mixed):
             time = self.time(timestep_embedding(t, self.time[0].in_features))
@@ -373,13 +375,13 @@ class DDPM:
 
     def p_sample(self, x_t, t):
         """Step back from x_t (B, C, H, W) at t, an int: return x_prev and x_0_pred."""
-        # NEW in 02: 1/√ᾱ_t magnifies the errors of ε_θ, at the start of sampling 157 times with the
-        # linear schedule and 20,000 times with the cosine one. No pixel is beyond [-1, 1], so x̂_0
-        # must not be either. DDPM's own code clamps it, too.
+        # NEW in 02: 1/√ᾱ_t magnifies the errors of ε_θ: at the start of sampling, by 157 with the
+        # linear schedule and by 20,000 with the cosine one. Pixels lie in [-1, 1], so x̂_0 should
+        # lie there, too. DDPM's own code also clamps it.
         x_0_pred = self.predict(x_t, t)[0].clamp(-1, 1)
         beta_t, alpha_bar_t = self.betas[t], self.alpha_bars[t]
-        alpha_bar_prev = self.alpha_bars[t - 1]  # 1 before t = 0
-        # DDPM Eq. 7, the mean of x_{t−1} if x_t and x_0 are known, with x̂_0 for x_0:
+        alpha_bar_prev = self.alpha_bars[t - 1]  # at t = 0 it is 1, the clean image's
+        # DDPM Eq. 7, the mean of x_{t−1} given x_t and x_0, where x̂_0 replaces the unknown x_0:
         #   μ̃_t = √ᾱ_{t−1}·β_t / (1−ᾱ_t) · x̂_0 + √α_t·(1−ᾱ_{t−1}) / (1−ᾱ_t) · x_t
         # and its variance,  β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t.  Unclamped, this mean is that of
         # Algorithm 2, line 4. NEW in 02: σ_t² = β̃_t. (01 takes β_t; section 3.2 allows both.)
@@ -393,10 +395,10 @@ class DDPM:
 
     @torch.no_grad()
     def sample(self, n=16, frames=None):
-        """Make n new images out of noise, (n, C, H, W) in [-1, 1]: DDPM Algorithm 2.
+        """Generate n images (n, C, H, W) in [-1, 1]: DDPM Algorithm 2.
 
-        frames: a list that is given up to 51 stages (t, x_t, x_0_pred) of the way, for pictures;
-        the last one holds the finished images and has t = -1.
+        frames: a list to which up to 51 stages (t, x_t, x_0_pred) are appended, for the figures;
+        the last stage holds the finished images and has t = -1.
         """
         x_t = torch.randn(n, *self.image_shape, device=self.device)
         for t in tqdm(reversed(range(self.T)), "Sampling", self.T, unit=" steps"):
@@ -412,11 +414,11 @@ class DDPM:
 def ideal_x_0(x_t, alpha_bar_t, images):
     """Return the best possible x̂_0 of x_t (B, C, H, W), if x_0 is one of images (N, C, H, W).
 
-    The squared error is least for the mean of all images, each weighted by the probability that it
-    became x_t: the less noise turns an image into x_t, the likelier it is (Karras et al. 2022,
-    arXiv:2206.00364, Eq. 57). On average no network does better. At large t this is a mean of many
-    images, which can be learned. At small t it is one of them: a network that did as well would
-    have memorised it.
+    The squared error is smallest for the mean of all images, each weighted by the probability that
+    x_t came from it: the less noise it takes to turn an image into x_t, the more probable that
+    image is (Karras et al. 2022, arXiv:2206.00364, Eq. 57). On average, no network can do better.
+    At large t, this is a mean of many images, which a network can learn. At small t, it is a single
+    image, and a network that did as well would have memorised it.
     """
     signal, spread = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
     # ε = (x_t − √ᾱ_t · x_0) / √(1−ᾱ_t) has the density exp(−‖ε‖² / 2), up to a constant.
@@ -453,9 +455,9 @@ def update_average(averaged, model, step, ema_decay):
 
     Exponential moving average:  average ← decay · average + (1 − decay) · weights.  While the
     learning rate is high, the weights fluctuate from step to step, and samples are better with
-    their average; at the end, at a rate near zero, the two hardly differ. The average covers about
-    1 / (1 − decay) steps, 10,000 for 0.9999. At first these would include the random weights of the
-    start, so decay is smaller, and the average covers a ninth of the steps so far.
+    their average; at the end, when the rate is near zero, the two hardly differ. The average covers
+    about 1 / (1 − decay) steps, 10,000 for 0.9999. Early on, these would include the random initial
+    weights, so decay is smaller, and the average covers only a ninth of the steps so far.
     """
     decay = min(ema_decay, (1 + step) / (10 + step))
     with torch.no_grad():
@@ -466,7 +468,7 @@ def update_average(averaged, model, step, ema_decay):
 SAMPLER = DDPM
 SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
 NETWORK = "IMAGE_SHAPE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"
-FIXED = "DATASET", "T", "SCHEDULE", *NETWORK  # must agree with a checkpoint to go on from it
+FIXED = "DATASET", "T", "SCHEDULE", *NETWORK  # must match a checkpoint to resume from it
 
 
 def load(path):
@@ -494,9 +496,9 @@ def best_precision(device):
 
 
 def best_layout(device):
-    """Return the order in memory in which convolutions are fast: the channels of a pixel together.
+    """Return the memory layout that makes convolutions fast: the channels of a pixel together.
 
-    On two CPU cores this makes a network evaluation 15 % faster. Apple's GPUs gave wrong results.
+    On two CPU cores, a network evaluation is 15 % faster. Apple's GPUs gave wrong results with it.
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
@@ -513,11 +515,12 @@ def to_batch(images, flip=False):
 class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
-    Gradients are large in a few directions (singular vectors) and small in most. Muon brings all to
-    the same size. A step takes about 10 % longer than with Adam, but after the same minutes the
-    Fréchet distance is smaller by two thirds (see the README). weights: parameters of two or more
-    dimensions; lr: about 0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon.
-    (torch.optim.Muon takes no convolutions, and computes in bfloat16, which is slow on many CPUs.)
+    Gradients are large in a few directions (singular vectors) and small in most. Muon scales
+    all of them to about the same size. A step takes about 10 % longer than with Adam, but after the
+    same training time the Fréchet distance of 02 is two thirds smaller (see the README). weights:
+    parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
+    in bfloat16, which is slow on many CPUs.)
     """
 
     def __init__(self, weights, lr):
@@ -533,7 +536,7 @@ class Muon(torch.optim.Optimizer):
                 average = state["average"].lerp_(weight.grad, 0.05)
                 u = weight.grad.lerp(average, 0.95).flatten(1)  # Nesterov; (out, in · kernel)
                 u = u / (u.norm() + 1e-7)  # now all singular values σ are at most 1
-                # Lift them to about 1, by steps of Newton and Schulz with Jordan's coefficients:
+                # Newton–Schulz steps with Jordan's coefficients bring them all close to 1:
                 for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
                     gram = u @ u.T
                     u = 3.4445 * u + (2.0315 * gram @ gram - 4.7750 * gram) @ u
@@ -544,8 +547,8 @@ class Muon(torch.optim.Optimizer):
 def split_weights(model):
     """Return the matrices inside the network, for Muon, and all other weights, for Adam.
 
-    Muon's authors leave the first layer, the last, vectors and embeddings to Adam. (They also
-    update query, key and value apart, which are rows of one matrix here.)
+    Muon's authors leave the first and the last layer, vectors and embeddings to Adam. (They also
+    update query, key and value separately; here these are rows of one matrix.)
     """
     inner, outer = [], []
     for name, weight in model.named_parameters():
@@ -567,14 +570,15 @@ def save_atomically(contents, path):
 
 
 class Trainer:
-    """Trains a network; a new Trainer goes on from the last checkpoint, however the old one ended.
+    """Trains a network; a new Trainer resumes from the last checkpoint, however the old one ended.
 
-    On a CPU the result is the same to the last bit as without the interruption. A GPU may add
-    numbers in another order.
+    On a CPU, the result is the same as without the interruption, to the last bit. A GPU may add
+    numbers in a different order.
 
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
-    settings: the constants by name, saved with the checkpoint. fixed: names of those that must
-    agree with it to go on. path: the checkpoint. rank, world: number of this process, of all.
+    settings: the constants by name, saved in the checkpoint. fixed: the names of constants that
+    must be the same as in the checkpoint. path: the checkpoint. rank: the number of this process.
+    world: how many processes there are.
     """
 
     STATES = "model", "averaged", "muon", "adam"  # have a state_dict each
@@ -596,7 +600,7 @@ class Trainer:
             self.resume(fixed)
 
     def resume(self, fixed):
-        """Go on from the checkpoint; if that is impossible, end the program and leave it alone."""
+        """Resume from the checkpoint; if that is impossible, end the program and keep the file."""
         begin = f"Cannot go on from {self.path}:"
         hint = "To start from scratch, delete the file or set another OUT_DIR."
         try:
@@ -609,12 +613,12 @@ class Trainer:
                 getattr(self, name).load_state_dict(state[name])
             for name in self.VALUES:
                 setattr(self, name, state[name])
-            # With another BATCH_SIZE there are more or fewer steps: the same share of them is done.
+            # Another BATCH_SIZE changes the number of steps; the share of them done stays the same.
             before = max(1, self.settings["EPOCHS"] * self.count // state["settings"]["BATCH_SIZE"])
             self.step = self.step * self.total_steps // before
         except Exception as error:  # cut short, damaged, another program's file
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            sys.exit(f"{begin} it is damaged or not from this script ({reason}). {hint}")
+            sys.exit(f"{begin} it cannot be read as a checkpoint of this script ({reason}). {hint}")
         print(f"Going on from {self.path}, step {self.step:,} of {self.total_steps:,}.")
 
     def save(self):
@@ -635,8 +639,8 @@ class Trainer:
 
     def train_step(self):
         """Learn from a batch of images drawn at random; return the loss, a tensor on the device."""
-        # The step's number seeds all that is random in it: images, t, noise, dropout, mirroring.
-        # So going on needs no other random state.
+        # The step's number seeds everything random in a step: images, t, noise, dropout, mirroring.
+        # So resuming needs no other random state.
         torch.manual_seed(hash((self.settings["SEED"], self.step, self.rank)))
         size = math.ceil(self.settings["BATCH_SIZE"] / self.world)  # each GPU has its share
         loss = self.loss(torch.randint(self.count, (size,), device=self.device))
@@ -650,7 +654,7 @@ class Trainer:
         self.scaler.scale(loss).backward()  # the scaler acts only in float16
         for optimizer in self.muon, self.adam:
             self.scaler.unscale_(optimizer)
-        # Both optimizers remember past gradients: no freak batch should dominate them.
+        # Both optimizers average past gradients, and no outlier batch should dominate the average.
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.muon, self.adam:  # neither, if float16 gradients became infinite
             if not self.scaler.is_enabled() or norm.isfinite():
@@ -701,12 +705,13 @@ def save_preview(ddpm, trainer, folder, note):
 
 
 def save_figures(ddpm, trainer, images, folder, note):
-    """Sample 36 images and save the figures of a finished training; images: uint8 (N, C, H, W)."""
+    """Sample 36 images and save the final figures; images: uint8 (N, C, H, W)."""
     torch.manual_seed(trainer.settings["SEED"])
     frames = []
     samples = sample_in_parts(ddpm.sample, 36, trainer.settings["BATCH_SIZE"], frames)
     save_results(folder, samples, frames, trainer.losses, note)
-    timesteps, *losses = loss_per_timestep(ddpm, to_batch(images))
+    few = to_batch(images[: 2**26 // images[0].numel()])  # at most 0.3 GB
+    timesteps, *losses = loss_per_timestep(ddpm, few, min(64, trainer.settings["BATCH_SIZE"]))
     timestep_losses(timesteps, *losses, folder / "loss_per_timestep.png", note=note)
 
 

@@ -5,11 +5,11 @@
 
 DDPM evaluates the network once for each of its 1000 steps. But training never asked for 1000 steps:
 it only fixed how much noise an image has at step t. So DDIM takes long steps, such as t = 999, 979,
-959 ... A number η sets how much new noise each step adds: 1 is as much as a DDPM with these steps,
-0 is none.
-With η = 0 only the first noise is random: the same noise always gives the same image, the noise
-that leads to a real image can be found, approximately, and interpolating between two noise samples
-gives images in between.
+959 ... A number η sets how much new noise each step adds: with η = 1, as much as a DDPM with these
+steps; with η = 0, none.
+With η = 0, only the starting noise is random. So the same noise always gives the same image, the
+noise that leads to a real image can be found approximately, and interpolating between two noise
+samples gives images in between.
 
 Network, training and DDPM's sampler are those of 02, to the last character. If 02 has left a
 checkpoint, 04 uses its network and trains nothing. What is new is marked `NEW in 04`: the class
@@ -77,14 +77,14 @@ SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear"
 BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; DDPM's code has 128 for CIFAR-10
 CHANNEL_MULT = (1, 2, 4)  # channels of each level in multiples of BASE_CH; 28 → 14 → 7 pixels
 NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
-ATTENTION_AT = (14, 16) if ON_GPU else ()  # sides with attention; the middle always has it
+ATTENTION_AT = (14, 16) if ON_GPU else ()  # resolutions with attention; the middle always has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # regularisation for photographs
 FLIP = DATASET == "CIFAR10"  # mirror half of the images; never digits: a mirrored 3 is no digit
 EPOCHS = 30 if ON_GPU else 6  # times that an image is seen, on average; CIFAR10 needs hundreds
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
 LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps up
 EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 90,000 steps
-DDIM_STEPS = 50  # NEW in 04: network evaluations for an image, 1 ... T; try 10
+DDIM_STEPS = 50  # NEW in 04: network evaluations per image, 1 ... T; try 10
 ETA = 1.0  # NEW in 04: new noise in each step; 1: as much as a DDPM with these steps, 0: none
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
 PREVIEW_EVERY = 5  # minutes between grids of samples
@@ -111,8 +111,8 @@ def read_image(file, size):
 def load_folder(folder, size):
     """Return all images below a folder, uint8 (N, 3, size, size), labels (N,) and class names.
 
-    An image belongs to the class that its folder is named after. Files and folders whose names
-    begin with a dot do not count.
+    The class of an image is the name of the folder that contains it. Files and folders whose names
+    begin with a dot are skipped.
     """
     kinds = torchvision.datasets.folder.IMG_EXTENSIONS
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds)
@@ -132,20 +132,21 @@ def load_folder(folder, size):
 def load_dataset(name, folder, size):
     """Return images, uint8 (N, C, H, W), labels, int64 (N,), class names, and the dataset's name.
 
-    name: a dataset of torchvision, "DRAWN", or a folder of images, which are brought to this size.
-    If MNIST cannot be had, rendered digits take its place. Any other dataset must be there.
+    name: a dataset of torchvision, "DRAWN", or a folder of images, which are resized to `size`.
+    If MNIST cannot be loaded, rendered digits replace it; if another dataset cannot, the program
+    ends.
     """
     if name == "DRAWN":
         images, labels = draw_digits()
         return images[:, None], labels, [*"0123456789"], name
     if name not in ("MNIST", "FashionMNIST", "CIFAR10"):
         path = Path(name).expanduser().resolve()
-        return *load_folder(path, size), f"{path.name}/"
+        return *load_folder(path, size), f"{path.parent.name}/{path.name}/"
     socket.setdefaulttimeout(20)  # seconds; otherwise a dead connection would hang for ever
     try:
         data = getattr(torchvision.datasets, name)(folder, train=True, download=True)
         images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-    except Exception as error:  # no network or a damaged file
+    except Exception as error:  # no internet or a damaged file
         reason = " ".join(str(error).split())
         print(f"{name} could be neither read from {folder} nor downloaded: {reason}")
         return load_dataset("DRAWN", folder, size) if name == "MNIST" else sys.exit(1)
@@ -203,7 +204,7 @@ def group_norm(ch):
 
 
 def zero_init(layer):
-    """Set a layer's weights to zero: a block that ends with it starts as just its shortcut."""
+    """Set a layer's weights to zero, so that a block ending in it starts as its shortcut alone."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -213,9 +214,9 @@ class Attention(nn.Module):
     """NEW in 02. Let each position of x (B, ch, H, W) gather information from all others.
 
     Each position has a query, a key and a value. It receives the mean of all values, weighted by
-    how well their keys match its query. Several heads do so side by side, each with its share of
-    the channels. A convolution sees 3 × 3 positions, attention sees all of them; but its cost grows
-    with the square of the number of positions, so only coarse levels have it.
+    how well their keys match its query. Several heads do this in parallel, each on its share of the
+    channels. A convolution sees 3 × 3 positions, and attention sees them all. But the cost of
+    attention grows with the square of their number, so only coarse levels have it.
     """
 
     def __init__(self, ch):
@@ -235,9 +236,9 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a shortcut, adjusted to t; then attention, if asked for.
+    """Two convolutions, conditioned on t, and a shortcut; then attention, if requested.
 
-    Takes x (B, in_ch, H, W) and t as `time` (B, time_dim), returns (B, out_ch, H, W).
+    Takes x (B, in_ch, H, W) and `time` (B, time_dim), t's embedding; returns (B, out_ch, H, W).
     """
 
     def __init__(self, in_ch, out_ch, time_dim, dropout, attention=False):
@@ -260,7 +261,8 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """Predict the noise (05: v) in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
 
-    For MNIST on a CPU, where NUM_BLOCKS = 1, BASE_CH = 16 (every output on the left is a skip):
+    This is the network of 02 to 04 for MNIST on a CPU, with NUM_BLOCKS = 1 and BASE_CH = 16. Every
+    output on the left is a skip. (05 has two levels, 8 × 8 and 4 × 4.)
 
     28 × 28   conv_in (16) → block (16) ───── 2 skips ────→ 2 blocks (16) → conv_out
                 ↓ shrink                                      ↑ grow
@@ -269,7 +271,7 @@ class UNet(nn.Module):
      7 × 7                  └ block (64) ──── 2 skips ────→ 2 blocks (64)
                                 └─→ middle_1* (64) → middle_2 (64) ┘
 
-    Each level after the first halves the side, which must be even each time. attention_at: sides
+    Each level after the first halves the resolution, which must be even. attention_at: resolutions
     at which the blocks have attention. precision: the dtype of convolutions and matrix products.
     """
 
@@ -311,8 +313,8 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(ch, channels, 3, padding=1))
 
     def forward(self, x_t, t):
-        # Mixed precision: products are computed with 16 bits if the GPU is fast at it; weights,
-        # sums over many values and everything outside stay float32.
+        # Mixed precision: matrix products use 16 bits if the GPU is fast at that. Weights, sums
+        # over many values and everything outside the network stay float32.
         mixed = self.precision != torch.float32
         with torch.autocast(x_t.device.type, self.precision, enabled=mixed):
             time = self.time(timestep_embedding(t, self.time[0].in_features))
@@ -384,13 +386,13 @@ class DDPM:
 
     def p_sample(self, x_t, t):
         """Step back from x_t (B, C, H, W) at t, an int: return x_prev and x_0_pred."""
-        # NEW in 02: 1/√ᾱ_t magnifies the errors of ε_θ, at the start of sampling 157 times with the
-        # linear schedule and 20,000 times with the cosine one. No pixel is beyond [-1, 1], so x̂_0
-        # must not be either. DDPM's own code clamps it, too.
+        # NEW in 02: 1/√ᾱ_t magnifies the errors of ε_θ: at the start of sampling, by 157 with the
+        # linear schedule and by 20,000 with the cosine one. Pixels lie in [-1, 1], so x̂_0 should
+        # lie there, too. DDPM's own code also clamps it.
         x_0_pred = self.predict(x_t, t)[0].clamp(-1, 1)
         beta_t, alpha_bar_t = self.betas[t], self.alpha_bars[t]
-        alpha_bar_prev = self.alpha_bars[t - 1]  # 1 before t = 0
-        # DDPM Eq. 7, the mean of x_{t−1} if x_t and x_0 are known, with x̂_0 for x_0:
+        alpha_bar_prev = self.alpha_bars[t - 1]  # at t = 0 it is 1, the clean image's
+        # DDPM Eq. 7, the mean of x_{t−1} given x_t and x_0, where x̂_0 replaces the unknown x_0:
         #   μ̃_t = √ᾱ_{t−1}·β_t / (1−ᾱ_t) · x̂_0 + √α_t·(1−ᾱ_{t−1}) / (1−ᾱ_t) · x_t
         # and its variance,  β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t.  Unclamped, this mean is that of
         # Algorithm 2, line 4. NEW in 02: σ_t² = β̃_t. (01 takes β_t; section 3.2 allows both.)
@@ -404,10 +406,10 @@ class DDPM:
 
     @torch.no_grad()
     def sample(self, n=16, frames=None):
-        """Make n new images out of noise, (n, C, H, W) in [-1, 1]: DDPM Algorithm 2.
+        """Generate n images (n, C, H, W) in [-1, 1]: DDPM Algorithm 2.
 
-        frames: a list that is given up to 51 stages (t, x_t, x_0_pred) of the way, for pictures;
-        the last one holds the finished images and has t = -1.
+        frames: a list to which up to 51 stages (t, x_t, x_0_pred) are appended, for the figures;
+        the last stage holds the finished images and has t = -1.
         """
         x_t = torch.randn(n, *self.image_shape, device=self.device)
         for t in tqdm(reversed(range(self.T)), "Sampling", self.T, unit=" steps"):
@@ -421,23 +423,23 @@ class DDPM:
 
 
 class DDIM(DDPM):
-    """NEW in 04. DDPM with faster ways from noise to image; the training stays the same.
+    """NEW in 04. DDPM with faster samplers; the training stays the same.
 
-    The loss depends only on how noisy x_t is (DDPM Eq. 4), not on the path from x_0 to it. So the
-    network fits every process that has the same noise at each t (DDIM section 3), and among those
-    are some that skip most of the steps (section 4.2). Same arguments as DDPM.
+    The loss depends only on how noisy x_t is (DDPM Eq. 4), not on the path from x_0 to x_t. So the
+    network fits every process that has the same amount of noise at each t (DDIM section 3), and
+    some of these skip most of the steps (section 4.2). It takes the same arguments as DDPM.
     """
 
     def timesteps(self, steps, spacing="even"):
         """Return steps + 1 timesteps from T - 1 down to -1, the clean image.
 
-        spacing: "even", all steps equally long: 50 of 1000 are 999, 979, ... 39, 19, -1. "late",
-        like DDIM D.2's quadratic one, short steps near the image. "early", short steps near the
-        noise. From about √(2T) steps on, 45 of 1000, "late" and "early" have fewer than asked for,
-        because the shortest would fall on the same t.
+        spacing: "even" makes all steps equally long: 50 of 1000 are 999, 979, ... 39, 19, -1.
+        "late", like DDIM D.2's quadratic spacing, makes steps near the image short, "early" those
+        near the noise. From about √(2T) steps on, 45 of 1000, "late" and "early" return fewer than
+        requested, because the shortest would fall on the same t.
         Raises ValueError unless steps is a whole number, 1 ... T.
         """
-        if not isinstance(steps, int) or not 1 <= steps <= self.T:
+        if steps not in range(1, self.T + 1):
             raise ValueError(f"{steps!r} steps: it must be a whole number, 1 to T = {self.T}")
         shares = [i / steps for i in range(steps, -1, -1)]  # 1 ... 0, of the way
         curve = {"even": lambda u: u, "late": lambda u: u**2, "early": lambda u: 1 - (1 - u) ** 2}
@@ -462,10 +464,10 @@ class DDIM(DDPM):
         sigma_t = sigma_t * math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
         # DDIM Eq. 12:  x_prev = √ᾱ_prev · x̂_0 + √(1−ᾱ_prev−σ_t²) · ε̂ + σ_t · new noise.
         # Old and new noise together have the variance 1 − ᾱ_prev that belongs to t_prev, however
-        # far away that is. η = 1 renews as much of it as a DDPM with these steps would. η = 0
-        # renews nothing: only the start is random. With shorter and shorter steps, x_t then follows
-        # a smooth curve that its start determines, the solution of an ordinary differential
-        # equation (DDIM Eq. 14, there for x_t/√ᾱ_t).
+        # far from t that is. η = 1 renews as much of the noise as a DDPM with these steps would.
+        # η = 0 renews nothing, so only the starting noise is random. As the steps get shorter, x_t
+        # then approaches a smooth curve that its start determines, the solution of an ordinary
+        # differential equation (DDIM Eq. 14, there for x_t/√ᾱ_t).
         # With perfect predictions and short steps, the images are equally good for any η. But the
         # predictions are poorest where the noise is strong. η = 0 carries such errors on to the
         # end; new noise covers them, and later steps, which see more of the image, can correct them
@@ -478,16 +480,17 @@ class DDIM(DDPM):
 
     @torch.no_grad()
     def ddim_sample(self, n=16, ddim_steps=50, eta=1.0, x_T=None, frames=None, spacing="even"):
-        """Make n new images, (n, C, H, W) in [-1, 1], by evaluating the network ddim_steps times.
+        """Generate n images (n, C, H, W) in [-1, 1] with ddim_steps network evaluations.
 
-        ddim_steps: 1 ... T. eta: 0 ... 1; with 0 the same noise always gives the same image, 1 with
-        all T steps is `sample`. x_T: the noise to start from, (B, C, H, W), such as ddim_invert
-        finds; n is then ignored. frames: as in `sample`. spacing: as in `timesteps`; with
+        ddim_steps: 1 ... T. eta: 0 ... 1. With eta = 0, the same noise always gives the same image;
+        eta = 1 with all T steps is `sample`. x_T: the starting noise, (B, C, H, W), such as that of
+        ddim_invert; n is then ignored. frames: as in `sample`. spacing: as in `timesteps`; with
         eta = 0, "early" is better. Raises ValueError for steps and eta out of range. DDIM sections
         4.1 and 4.2.
         """
         timesteps = self.timesteps(ddim_steps, spacing)
-        if not (isinstance(eta, int | float) and 0 <= eta <= 1):
+        eta = float(eta)  # NumPy's float32 would be too inexact
+        if not 0 <= eta <= 1:
             raise ValueError(f"eta = {eta!r}: it must be a number, 0 to 1")
         x_t = torch.randn(n, *self.image_shape, device=self.device) if x_T is None else x_T
         bar = tqdm(timesteps[:-1], "DDIM", unit=" steps", leave=False)
@@ -502,18 +505,18 @@ class DDIM(DDPM):
 
     @torch.no_grad()
     def ddim_invert(self, x_0, ddim_steps=50):
-        """Return approximately the noise x_T from which ddim_sample with eta = 0 makes x_0.
+        """Return, approximately, the noise x_T that ddim_sample with eta = 0 turns into x_0.
 
-        x_0: (B, C, H, W) in [-1, 1]. ddim_steps: 1 ... T, as many as the way back will take, evenly
+        x_0: (B, C, H, W) in [-1, 1]. ddim_steps: 1 ... T, as many as sampling will take, evenly
         spaced; raises ValueError for others. The differential equation behind η = 0 holds in both
         directions (section 4.3). Sampling evaluates the network at the point where a step starts.
-        Backwards, that point is the step's end and not yet known, so we evaluate it at the point
-        that we have. This causes a small error, which is smaller with shorter steps.
+        In inversion, that point is where the step ends and is not yet known, so we evaluate the
+        network at the point that we have. This causes an error, which shrinks with the step length.
         """
         x_t, timesteps = x_0, self.timesteps(ddim_steps)[::-1]  # -1 ... T - 1
         bar = tqdm(timesteps[:-1], "Inverting", unit=" steps", leave=False)
         for t, t_next in zip(bar, timesteps[1:]):
-            # At first x_0 is known, and only the noise is predicted, at t = 0: the nearest to -1.
+            # In the first step, x_0 is known; only the noise is predicted, at t = 0 instead of -1.
             x_0_pred, noise_pred = self.predict(x_t, max(t, 0))
             x_0_pred = x_0 if t == -1 else x_0_pred
             alpha_bar_next = self.alpha_bars[t_next]
@@ -527,9 +530,9 @@ class DDIM(DDPM):
 
         DDIM takes x̂_0 to be constant during a step. Here the last two x̂_0 are extrapolated to the
         middle of the step, on the axis λ_t = log(√ᾱ_t / √(1−ᾱ_t)), half the log of the
-        signal-to-noise ratio (2M: second order, multistep). DPM-Solver++ Algorithm 2, in which our
-        √ᾱ_t is called α_t and our √(1−ᾱ_t) σ_t. Its authors clamp x̂_0 to a range that adapts, and
-        end at a small t > 0; the usual last step to x̂_0, where λ would be infinite, is DDIM's.
+        signal-to-noise ratio (2M: second order, multistep). This is DPM-Solver++ Algorithm 2, which
+        writes α_t for our √ᾱ_t and σ_t for our √(1−ᾱ_t). Its authors clamp x̂_0 adaptively and
+        stop at a small t > 0. The usual last step, to x̂_0, is DDIM's: λ is infinite at t = -1.
         """
         alpha_bars, timesteps = self.alpha_bars, self.timesteps(steps, spacing)
         x_t = torch.randn(n, *self.image_shape, device=self.device) if x_T is None else x_T
@@ -542,7 +545,7 @@ class DDIM(DDPM):
             # h = λ_prev − λ_t, the length of the step
             snr_prev, snr = (alpha_bars[i] / (1 - alpha_bars[i]) for i in (t_prev, t))
             h = math.log(snr_prev / snr) / 2
-            D = x_0_pred  # all that is known in the first step, which is DDIM's too
+            D = x_0_pred  # the first step has no earlier x̂_0, so it is DDIM's
             if h_before is not None:
                 # D = x̂_0 + (x̂_0 − x̂_0 of the step before) · h / (2 · h of the step before)
                 D = x_0_pred + (x_0_pred - x_0_before) * h / (2 * h_before)
@@ -557,9 +560,9 @@ def update_average(averaged, model, step, ema_decay):
 
     Exponential moving average:  average ← decay · average + (1 − decay) · weights.  While the
     learning rate is high, the weights fluctuate from step to step, and samples are better with
-    their average; at the end, at a rate near zero, the two hardly differ. The average covers about
-    1 / (1 − decay) steps, 10,000 for 0.9999. At first these would include the random weights of the
-    start, so decay is smaller, and the average covers a ninth of the steps so far.
+    their average; at the end, when the rate is near zero, the two hardly differ. The average covers
+    about 1 / (1 − decay) steps, 10,000 for 0.9999. Early on, these would include the random initial
+    weights, so decay is smaller, and the average covers only a ninth of the steps so far.
     """
     decay = min(ema_decay, (1 + step) / (10 + step))
     with torch.no_grad():
@@ -570,7 +573,7 @@ def update_average(averaged, model, step, ema_decay):
 SAMPLER = DDIM  # what a checkpoint of this script holds
 SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
 NETWORK = "IMAGE_SHAPE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"
-FIXED = "DATASET", "T", "SCHEDULE", *NETWORK  # must agree with a checkpoint to go on from it
+FIXED = "DATASET", "T", "SCHEDULE", *NETWORK  # must match a checkpoint to resume from it
 
 
 def load(path):
@@ -598,9 +601,9 @@ def best_precision(device):
 
 
 def best_layout(device):
-    """Return the order in memory in which convolutions are fast: the channels of a pixel together.
+    """Return the memory layout that makes convolutions fast: the channels of a pixel together.
 
-    On two CPU cores this makes a network evaluation 15 % faster. Apple's GPUs gave wrong results.
+    On two CPU cores, a network evaluation is 15 % faster. Apple's GPUs gave wrong results with it.
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
@@ -617,11 +620,12 @@ def to_batch(images, flip=False):
 class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
-    Gradients are large in a few directions (singular vectors) and small in most. Muon brings all to
-    the same size. A step takes about 10 % longer than with Adam, but after the same minutes the
-    Fréchet distance is smaller by two thirds (see the README). weights: parameters of two or more
-    dimensions; lr: about 0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon.
-    (torch.optim.Muon takes no convolutions, and computes in bfloat16, which is slow on many CPUs.)
+    Gradients are large in a few directions (singular vectors) and small in most. Muon scales
+    all of them to about the same size. A step takes about 10 % longer than with Adam, but after the
+    same training time the Fréchet distance of 02 is two thirds smaller (see the README). weights:
+    parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
+    in bfloat16, which is slow on many CPUs.)
     """
 
     def __init__(self, weights, lr):
@@ -637,7 +641,7 @@ class Muon(torch.optim.Optimizer):
                 average = state["average"].lerp_(weight.grad, 0.05)
                 u = weight.grad.lerp(average, 0.95).flatten(1)  # Nesterov; (out, in · kernel)
                 u = u / (u.norm() + 1e-7)  # now all singular values σ are at most 1
-                # Lift them to about 1, by steps of Newton and Schulz with Jordan's coefficients:
+                # Newton–Schulz steps with Jordan's coefficients bring them all close to 1:
                 for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
                     gram = u @ u.T
                     u = 3.4445 * u + (2.0315 * gram @ gram - 4.7750 * gram) @ u
@@ -648,8 +652,8 @@ class Muon(torch.optim.Optimizer):
 def split_weights(model):
     """Return the matrices inside the network, for Muon, and all other weights, for Adam.
 
-    Muon's authors leave the first layer, the last, vectors and embeddings to Adam. (They also
-    update query, key and value apart, which are rows of one matrix here.)
+    Muon's authors leave the first and the last layer, vectors and embeddings to Adam. (They also
+    update query, key and value separately; here these are rows of one matrix.)
     """
     inner, outer = [], []
     for name, weight in model.named_parameters():
@@ -671,14 +675,15 @@ def save_atomically(contents, path):
 
 
 class Trainer:
-    """Trains a network; a new Trainer goes on from the last checkpoint, however the old one ended.
+    """Trains a network; a new Trainer resumes from the last checkpoint, however the old one ended.
 
-    On a CPU the result is the same to the last bit as without the interruption. A GPU may add
-    numbers in another order.
+    On a CPU, the result is the same as without the interruption, to the last bit. A GPU may add
+    numbers in a different order.
 
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
-    settings: the constants by name, saved with the checkpoint. fixed: names of those that must
-    agree with it to go on. path: the checkpoint. rank, world: number of this process, of all.
+    settings: the constants by name, saved in the checkpoint. fixed: the names of constants that
+    must be the same as in the checkpoint. path: the checkpoint. rank: the number of this process.
+    world: how many processes there are.
     """
 
     STATES = "model", "averaged", "muon", "adam"  # have a state_dict each
@@ -700,7 +705,7 @@ class Trainer:
             self.resume(fixed)
 
     def resume(self, fixed):
-        """Go on from the checkpoint; if that is impossible, end the program and leave it alone."""
+        """Resume from the checkpoint; if that is impossible, end the program and keep the file."""
         begin = f"Cannot go on from {self.path}:"
         hint = "To start from scratch, delete the file or set another OUT_DIR."
         try:
@@ -713,12 +718,12 @@ class Trainer:
                 getattr(self, name).load_state_dict(state[name])
             for name in self.VALUES:
                 setattr(self, name, state[name])
-            # With another BATCH_SIZE there are more or fewer steps: the same share of them is done.
+            # Another BATCH_SIZE changes the number of steps; the share of them done stays the same.
             before = max(1, self.settings["EPOCHS"] * self.count // state["settings"]["BATCH_SIZE"])
             self.step = self.step * self.total_steps // before
         except Exception as error:  # cut short, damaged, another program's file
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            sys.exit(f"{begin} it is damaged or not from this script ({reason}). {hint}")
+            sys.exit(f"{begin} it cannot be read as a checkpoint of this script ({reason}). {hint}")
         print(f"Going on from {self.path}, step {self.step:,} of {self.total_steps:,}.")
 
     def save(self):
@@ -739,8 +744,8 @@ class Trainer:
 
     def train_step(self):
         """Learn from a batch of images drawn at random; return the loss, a tensor on the device."""
-        # The step's number seeds all that is random in it: images, t, noise, dropout, mirroring.
-        # So going on needs no other random state.
+        # The step's number seeds everything random in a step: images, t, noise, dropout, mirroring.
+        # So resuming needs no other random state.
         torch.manual_seed(hash((self.settings["SEED"], self.step, self.rank)))
         size = math.ceil(self.settings["BATCH_SIZE"] / self.world)  # each GPU has its share
         loss = self.loss(torch.randint(self.count, (size,), device=self.device))
@@ -754,7 +759,7 @@ class Trainer:
         self.scaler.scale(loss).backward()  # the scaler acts only in float16
         for optimizer in self.muon, self.adam:
             self.scaler.unscale_(optimizer)
-        # Both optimizers remember past gradients: no freak batch should dominate them.
+        # Both optimizers average past gradients, and no outlier batch should dominate the average.
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.muon, self.adam:  # neither, if float16 gradients became infinite
             if not self.scaler.is_enabled() or norm.isfinite():
@@ -856,7 +861,8 @@ def save_comparison(ddim, seed, size, folder, note, count=64):
 def save_inversion(ddim, x_0, size, folder, note):
     """NEW in 04. Save images x_0 next to their reconstructions from inverted noise.
 
-    Where all training images are black, any noise becomes black, and inversion finds weak noise.
+    Where all training images are black, sampling turns any noise black, and inversion finds noise
+    that is too weak.
     """
     errors, images = {}, {"image": x_0[:5]}
     for steps in [n for n in (10, 20, 50, 100, 250) if n < ddim.T] or [ddim.T]:
@@ -872,8 +878,8 @@ def save_inversion(ddim, x_0, size, folder, note):
 def save_transitions(ddim, x_0, seed, size, folder, note, points=11):
     """NEW in 04. Save interpolations between noise samples, and a looping animation.
 
-    Between two images x_0, too, although the noise found by inversion is no typical noise (see
-    `save_inversion`).
+    One row interpolates between two images x_0, although the noise that inversion finds for them
+    is not typical (see `save_inversion`).
     """
     steps = min(100, ddim.T)
     torch.manual_seed(seed)

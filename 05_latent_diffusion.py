@@ -4,15 +4,19 @@
     torchrun --standalone --nproc_per_node=4 05_latent_diffusion.py       # on 4 GPUs of one machine
 
 Most of an image's pixels say little. Stage 1 trains an autoencoder, a VAE, which turns an image
-into few numbers, its latents, and back. Stage 2 trains diffusion on these latents: the same U-Net,
-schedule, training and sampler as before, on an 8 × 8 grid instead of 28 × 28; only, the network
+into a small grid of numbers, its latents, and back: here 28 × 28 pixels into 4 × 8 × 8 latents, in
+Stable Diffusion 3 × 512 × 512 into 4 × 64 × 64. The VAE alone cannot generate: the latents of
+digits fill only a small part of N(0, 1), so pure noise does not decode to a digit. Stage 2 learns
+which part, by diffusion on the latents of all images. It uses the same U-Net, schedule, training
+and sampler as before, which are cheap on a grid of 8 × 8. The one difference is that the network
 predicts v, a mixture of noise and latents (`loss` says why). To sample, diffusion generates latents
 from noise, and the decoder turns them into an image.
-"Stable" is no property of the method; Stability AI gave the computing time. Training on latents is
-well-behaved because they are regularised (a KL term, a small penalty for leaving N(0, 1), keeps
-them together and smooth) and have variance 1, so that z_t has variance 1 at every t. Text as input
-is left out (cross-attention, LDM section 3.3); guidance is that of 03.
-What is new is marked `NEW in 05`; U-Net and training are those of 02, the sampler is that of 04.
+Stable Diffusion is named after Stability AI, which provided the computing time. Training on latents
+is stable because they are regularised (`vae_loss`) and scaled to the variance 1 that the noise
+schedule assumes (`encode_all`). Labels, guidance (03) and text (cross-attention, LDM section 3.3)
+are left out.
+What is new is marked `NEW in 05`: read section 5, and in section 6 `loss`, `predict` and `sample`;
+section 9 puts the two stages together. U-Net and training are those of 02, the sampler that of 04.
 
 The script leaves in `outputs/05_latent_diffusion/` reconstructions by the VAE, and images that it
 decodes from noise (`autoencoder.png`), the latents (`latents.png`, `latent_scale.png`), the cost of
@@ -22,7 +26,7 @@ diffusion on pixels and on latents (`cost.png`), interpolations between images
 `ldm.sample(n=16, ddim_steps=50)`; of images x, `ldm.decode(ldm.encode(x))`.
 
 LDM = Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models,
-arXiv:2112.10752
+arXiv:2112.10752v2
 Kingma & Welling 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114
 Salimans & Ho 2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv:2202.00512
 DDPM = Ho, Jain & Abbeel 2020, arXiv:2006.11239; Improved DDPM = Nichol & Dhariwal 2021,
@@ -31,8 +35,9 @@ arXiv:2102.09672; DDIM = Song, Meng & Ermon 2021, arXiv:2010.02502
 Code            Paper              Shape               Meaning (for other symbols see 02 and 04)
 mean            μ; E_μ(x)          (B, 4, h, h)        centre of the latents of an image
 log_variance    log σ²; log E_σ²   (B, 4, h, h)        how far they spread around it
-z_0, z_t        z = E(x)/σ̂, z_t    (B, 4, h, h)        drawn and scaled; with the noise of step t
-scale           1/σ̂ (appendix G)                       gives the latents variance 1
+scale           1/σ̂ (appendix G)                       σ̂: standard deviation of all latents
+z_0             z = E(x)/σ̂         (B, 4, h, h)        latents, drawn and scaled
+z_t             z_t                (B, 4, h, h)        the same with the noise of step t
 v_pred          v̂_θ(z_t, t)        (B, 4, h, h)        the prediction of √ᾱ_t · ε − √(1−ᾱ_t) · z_0
 """
 
@@ -91,7 +96,7 @@ EPOCHS = 100 if ON_GPU else 9  # times that a latent is seen in stage 2
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
 LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps up
 EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 90,000 steps
-DDIM_STEPS = 50  # evaluations of the U-Net for a sample, 1 ... T
+DDIM_STEPS = 50  # evaluations of the U-Net per image, 1 ... T
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
 PREVIEW_EVERY = 5  # minutes between grids of samples
 COMPILE = False  # True: use torch.compile; slow to start, then faster
@@ -116,8 +121,8 @@ def read_image(file, size):
 def load_folder(folder, size):
     """Return all images below a folder, uint8 (N, 3, size, size), labels (N,) and class names.
 
-    An image belongs to the class that its folder is named after. Files and folders whose names
-    begin with a dot do not count.
+    The class of an image is the name of the folder that contains it. Files and folders whose names
+    begin with a dot are skipped.
     """
     kinds = torchvision.datasets.folder.IMG_EXTENSIONS
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds)
@@ -137,20 +142,21 @@ def load_folder(folder, size):
 def load_dataset(name, folder, size):
     """Return images, uint8 (N, C, H, W), labels, int64 (N,), class names, and the dataset's name.
 
-    name: a dataset of torchvision, "DRAWN", or a folder of images, which are brought to this size.
-    If MNIST cannot be had, rendered digits take its place. Any other dataset must be there.
+    name: a dataset of torchvision, "DRAWN", or a folder of images, which are resized to `size`.
+    If MNIST cannot be loaded, rendered digits replace it; if another dataset cannot, the program
+    ends.
     """
     if name == "DRAWN":
         images, labels = draw_digits()
         return images[:, None], labels, [*"0123456789"], name
     if name not in ("MNIST", "FashionMNIST", "CIFAR10"):
         path = Path(name).expanduser().resolve()
-        return *load_folder(path, size), f"{path.name}/"
+        return *load_folder(path, size), f"{path.parent.name}/{path.name}/"
     socket.setdefaulttimeout(20)  # seconds; otherwise a dead connection would hang for ever
     try:
         data = getattr(torchvision.datasets, name)(folder, train=True, download=True)
         images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-    except Exception as error:  # no network or a damaged file
+    except Exception as error:  # no internet or a damaged file
         reason = " ".join(str(error).split())
         print(f"{name} could be neither read from {folder} nor downloaded: {reason}")
         return load_dataset("DRAWN", folder, size) if name == "MNIST" else sys.exit(1)
@@ -163,8 +169,12 @@ def hold_out(images, name, folder):
     """NEW in 05. Return the images to train on and up to 1,000 others, both uint8 (N, C, H, W)."""
     if name == "DRAWN":
         return images, draw_digits(1000, seed=1)[0][:, None]
-    if not name.endswith("/"):
-        test = torch.as_tensor(getattr(torchvision.datasets, name)(folder, train=False).data[:1000])
+    if not name.endswith("/"):  # no folder: see load_dataset
+        try:
+            test = getattr(torchvision.datasets, name)(folder, train=False).data[:1000]
+        except Exception as error:
+            sys.exit(f"The test images of {name} in {folder} are damaged ({error}): delete them.")
+        test = torch.as_tensor(test)
         return images, test[:, None] if test.ndim == 3 else test.permute(0, 3, 1, 2)
     held_out = torch.arange(len(images)) % 20 == 0  # of one's own images every 20th
     return images[~held_out], images[held_out][:1000]
@@ -219,7 +229,7 @@ def group_norm(ch):
 
 
 def zero_init(layer):
-    """Set a layer's weights to zero: a block that ends with it starts as just its shortcut."""
+    """Set a layer's weights to zero, so that a block ending in it starts as its shortcut alone."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -229,9 +239,9 @@ class Attention(nn.Module):
     """NEW in 02. Let each position of x (B, ch, H, W) gather information from all others.
 
     Each position has a query, a key and a value. It receives the mean of all values, weighted by
-    how well their keys match its query. Several heads do so side by side, each with its share of
-    the channels. A convolution sees 3 × 3 positions, attention sees all of them; but its cost grows
-    with the square of the number of positions, so only coarse levels have it.
+    how well their keys match its query. Several heads do this in parallel, each on its share of the
+    channels. A convolution sees 3 × 3 positions, and attention sees them all. But the cost of
+    attention grows with the square of their number, so only coarse levels have it.
     """
 
     def __init__(self, ch):
@@ -251,9 +261,9 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions beside a shortcut, adjusted to t; then attention, if asked for.
+    """Two convolutions, conditioned on t, and a shortcut; then attention, if requested.
 
-    Takes x (B, in_ch, H, W) and t as `time` (B, time_dim), returns (B, out_ch, H, W).
+    Takes x (B, in_ch, H, W) and `time` (B, time_dim), t's embedding; returns (B, out_ch, H, W).
     """
 
     def __init__(self, in_ch, out_ch, time_dim, dropout, attention=False):
@@ -276,7 +286,8 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """Predict the noise (05: v) in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
 
-    For MNIST on a CPU, where NUM_BLOCKS = 1, BASE_CH = 16 (every output on the left is a skip):
+    This is the network of 02 to 04 for MNIST on a CPU, with NUM_BLOCKS = 1 and BASE_CH = 16. Every
+    output on the left is a skip. (05 has two levels, 8 × 8 and 4 × 4.)
 
     28 × 28   conv_in (16) → block (16) ───── 2 skips ────→ 2 blocks (16) → conv_out
                 ↓ shrink                                      ↑ grow
@@ -285,7 +296,7 @@ class UNet(nn.Module):
      7 × 7                  └ block (64) ──── 2 skips ────→ 2 blocks (64)
                                 └─→ middle_1* (64) → middle_2 (64) ┘
 
-    Each level after the first halves the side, which must be even each time. attention_at: sides
+    Each level after the first halves the resolution, which must be even. attention_at: resolutions
     at which the blocks have attention. precision: the dtype of convolutions and matrix products.
     """
 
@@ -327,8 +338,8 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(ch, channels, 3, padding=1))
 
     def forward(self, x_t, t):
-        # Mixed precision: products are computed with 16 bits if the GPU is fast at it; weights,
-        # sums over many values and everything outside stay float32.
+        # Mixed precision: matrix products use 16 bits if the GPU is fast at that. Weights, sums
+        # over many values and everything outside the network stay float32.
         mixed = self.precision != torch.float32
         with torch.autocast(x_t.device.type, self.precision, enabled=mixed):
             time = self.time(timestep_embedding(t, self.time[0].in_features))
@@ -371,17 +382,18 @@ class VAE(nn.Module):
     """Turn images into few numbers, the latents, and back; KL-regularised, as in LDM section 3.1.
 
     image_shape: (C, side, side). downsample: the factor by which latents are smaller, 2, 4 or 8
-    (LDM's f). If the side is no multiple of 2 · downsample, images are padded with black and
-    cropped again, as MNIST's 28 to 32. base_ch: channels at full size; 2 · base_ch at half of it,
-    4 · base_ch below. latent_shape: (latent_ch, h, h).
+    (LDM's f). Images are padded with black, MNIST's from 28 to 32, so that the side of the latents
+    is even and the U-Net can halve it; decoded images are cropped. base_ch: channels at full
+    resolution; 2 · base_ch at half of it, 4 · base_ch below. latent_shape: (latent_ch, h, h).
     """
 
     def __init__(self, image_shape, base_ch, latent_ch, downsample=4):
         super().__init__()
         channels, side, _ = image_shape
         padding = -side % (2 * downsample)
-        self.margin = padding // 2, padding - padding // 2
-        small = (side + padding) // downsample
+        before, small = padding // 2, (side + padding) // downsample
+        self.padding = (before, padding - before) * 2  # left and right, above and below
+        self.inside = slice(before, before + side)
         self.latent_shape = latent_ch, small, small
         levels = [base_ch * min(2**level, 4) for level in range(downsample.bit_length())]
         down, up = [], []
@@ -389,31 +401,31 @@ class VAE(nn.Module):
             down += nn.Conv2d(fine, coarse, 3, stride=2, padding=1), VAEBlock(coarse)
             back = nn.Upsample(scale_factor=2), nn.Conv2d(coarse, fine, 3, padding=1)
             up = [VAEBlock(coarse), *back, *up]
-        # conv_out returns mean and log variance.
-        layers = {
-            "conv_in": nn.Conv2d(channels, base_ch, 3, padding=1),
-            "down": nn.Sequential(*down),
-        }
-        layers |= {"norm": group_norm(levels[-1]), "silu": nn.SiLU()}
-        layers |= {"conv_out": nn.Conv2d(levels[-1], 2 * latent_ch, 3, padding=1)}
-        self.encoder = nn.Sequential(OrderedDict(layers))
-        layers = {
-            "conv_in": nn.Conv2d(latent_ch, levels[-1], 3, padding=1),
-            "up": nn.Sequential(*up),
-        }
-        layers |= {"norm": group_norm(base_ch), "silu": nn.SiLU()}
-        layers |= {"conv_out": nn.Conv2d(base_ch, channels, 3, padding=1)}
-        self.decoder = nn.Sequential(OrderedDict(layers))
+        encoder = OrderedDict(  # the layers have names because Muon leaves the outer ones to Adam
+            conv_in=nn.Conv2d(channels, base_ch, 3, padding=1),
+            down=nn.Sequential(*down),
+            norm=group_norm(levels[-1]),
+            silu=nn.SiLU(),
+            conv_out=nn.Conv2d(levels[-1], 2 * latent_ch, 3, padding=1),  # mean, log variance
+        )
+        decoder = OrderedDict(
+            conv_in=nn.Conv2d(latent_ch, levels[-1], 3, padding=1),
+            up=nn.Sequential(*up),
+            norm=group_norm(base_ch),
+            silu=nn.SiLU(),
+            conv_out=nn.Conv2d(base_ch, channels, 3, padding=1),
+        )
+        self.encoder, self.decoder = nn.Sequential(encoder), nn.Sequential(decoder)
 
     def encode(self, x):
         """Return mean and log variance (B, latent_ch, h, h) of the latents of x (B, C, H, W).
 
         An image becomes not a point but a small cloud, from which one latent is drawn.
         """
-        padded = F.pad(x, self.margin * 2, value=-1.0)  # left and right, above and below
+        padded = F.pad(x, self.padding, value=-1.0)
         mean, log_variance = self.encoder(padded).chunk(2, dim=1)
-        # clamp: exp() of an untrained output may overflow. clone: Apple's GPUs have had wrong
-        # results for convolutions of what is only a view of some channels.
+        # clamp: exp() of an untrained output may overflow. clone: Apple's GPUs have given wrong
+        # results for convolutions of a tensor that is a view of some channels of another.
         return mean.clone(), log_variance.clamp(-20, 10)
 
     def decode(self, z):
@@ -422,13 +434,13 @@ class VAE(nn.Module):
 
     def reconstruct(self, z):
         """As decode, but unclamped, for training: a clamped pixel would learn nothing."""
-        return F.pad(self.decoder(z), [-margin for margin in self.margin * 2])  # cuts it off
+        return self.decoder(z)[:, :, self.inside, self.inside]
 
     def forward(self, x):
         """Return the reconstruction of x (B, C, H, W), and its latents' mean and log variance."""
         mean, log_variance = self.encode(x)
-        # Reparameterisation:  z = μ + σ · ε. As a sum it lets gradients through to μ and σ.
-        # (Kingma & Welling, section 2.4)
+        # Reparameterisation:  z = μ + σ · ε. Drawing from N(μ, σ²) has no gradient; in this sum
+        # only ε is random, and gradients reach μ and σ. (Kingma & Welling, section 2.4)
         z = mean + (log_variance / 2).exp() * torch.randn_like(mean)
         return self.reconstruct(z), mean, log_variance
 
@@ -436,16 +448,21 @@ class VAE(nn.Module):
 def vae_loss(x, reconstruction, mean, log_variance, kl_weight):
     """Return the VAE's loss: squared error + kl_weight · KL divergence, both per pixel value.
 
-    kl_weight = 2 s² is the VAE of Kingma & Welling for pixels from N(x̂, s²), whose −log p is the
-    squared error / (2 s²): 0.002 stands for s = 0.03, 4 of 255 grey levels. Less gives sharper
-    images, and latents that are rougher and harder to model; more gives smoother latents and
-    blurred images. LDM takes about 0.000001 (appendix G), which hardly binds the size of the
-    latents: that is left to scaling.
+    The KL divergence is 0 where the cloud is N(0, 1). Without it, clouds would shrink to points far
+    from one another, and the decoder would never learn what lies between them.
 
-    SIMPLIFIED: LDM adds a perceptual loss (LPIPS: the error in the features of a trained image
-    classifier) and an adversarial one (a second network that learns to tell reconstructions from
-    images, patch by patch). Without them fine texture comes out blurred, as the mean over all
-    textures has the smallest squared error. Digits have none; photographs suffer.
+    kl_weight = 2 s² gives the VAE of Kingma & Welling for pixels from N(x̂, s²): we multiply their
+    loss, the sum of squared errors / (2 s²) + KL, by 2 s² and divide it by the number of values.
+    0.002 means s = 0.03, which is 4 of 255 grey levels. A smaller weight gives sharper images, but
+    latents that are rougher and harder to model; a larger one gives smoother latents, but blurred
+    images. LDM uses about 0.000001 (appendix G), which hardly restricts the size of the latents:
+    that is left to scaling.
+
+    SIMPLIFIED: LDM uses the absolute error, and adds a perceptual loss (LPIPS: the error in the
+    features of a trained image classifier) and an adversarial one (a second network that learns to
+    tell reconstructions from images, patch by patch). Without these, fine texture comes out
+    blurred, because the mean over all textures has the smallest squared error. Digits have no
+    texture; photographs suffer.
     """
     # Kingma & Welling, appendix B:  KL(N(μ, σ²) ‖ N(0, 1)) = ½ Σ (μ² + σ² − 1 − log σ²)
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(dim=1)
@@ -453,25 +470,25 @@ def vae_loss(x, reconstruction, mean, log_variance, kl_weight):
 
 
 @torch.no_grad()
-def encode_all(vae, images, batch_size=64):
+def encode_all(vae, images, batch_size):
     """NEW in 05. Return mean and standard deviation of the latents of images, and their scale.
 
-    images: uint8 (N, C, H, W). mean, deviation: (N, latent_ch, h, h). Computed once and kept, so
-    the second stage never sees an image. scale: the factor that gives drawn latents the variance 1.
-    SIMPLIFIED: no mirroring here, for mirrored latents are not the latents of a mirrored image.
+    images: uint8 (N, C, H, W). mean, deviation: (N, latent_ch, h, h). They are computed once and
+    stored, so stage 2 never sees an image. scale: the factor that gives drawn latents variance 1.
+    SIMPLIFIED: no mirroring here, because mirrored latents are not those of a mirrored image.
     """
     means, log_variances = zip(*(vae.encode(to_batch(part)) for part in images.split(batch_size)))
     mean, deviation = torch.cat(means), (torch.cat(log_variances) / 2).exp()
     # LDM appendix G:  z ← z / σ̂. One σ̂ for all values, from all images (the paper takes the first
     # batch). Centres and clouds both count:  σ̂² = Var[μ] + E[σ²].
-    # Why: of data with the variance 1, z_t has it at every t, too. Latents ten times as large would
-    # be as strong as the noise not at t = 496 but at 936 of 1000 (cosine): training would mostly
-    # see nearly clean latents, and the first few steps of sampling would decide everything. (LDM
-    # 4.3.2 and D.1 show the harm to images larger than those trained on.)
-    # The KL term pulls the variance towards 1, too, where its mean is least, and the decoder can
-    # undo such a stretching of a channel. How far that goes depends on KL_WEIGHT and on the length
-    # of the training. With LDM's tiny weight it does not go far: Stable Diffusion's latents have a
-    # standard deviation of 5.5, hence its factor 0.18215.
+    # Why? If latents have variance 1, so does z_t at every t, and signal and noise are equally
+    # strong at t = 496 of 1000 (cosine). If latents were ten times as large, that point would be at
+    # t = 936: training would mostly see nearly clean latents, and the first few steps of sampling
+    # would decide everything.
+    # Does the KL term not lead to variance 1 by itself? Averaged over all images, the term is
+    # smallest there, and a decoder can undo any stretching of the latents. But how close training
+    # gets depends on its length and on KL_WEIGHT. With LDM's tiny weight, it does not get close:
+    # Stable Diffusion's latents have a standard deviation of 5.5, so its factor is 0.18215.
     variance = mean.var() + deviation.square().mean()
     return mean, deviation, 1 / variance.sqrt().item()
 
@@ -495,10 +512,11 @@ class LatentDiffusion:
 
     @classmethod
     def build(cls, state, device):
-        """Return what state["settings"], constants by name, describe, with the weights in state.
+        """Return the sampler that a checkpoint describes, with its averaged weights.
 
-        state: the contents of a checkpoint; "extras" holds the VAE and the scale of its latents. If
-        it holds no weights of the U-Net, those are new.
+        state: the contents of the checkpoint: "settings", the constants by name, "extras", the VAE
+        and the scale of its latents, and "averaged", the weights of the U-Net. Without the last,
+        the U-Net is untrained.
         """
         settings, extras = state["settings"], state["extras"]
         vae = VAE(*[settings[name] for name in AUTOENCODER])
@@ -514,15 +532,18 @@ class LatentDiffusion:
 
     def loss(self, z_0):
         """Return the loss of scaled latents z_0 (B, latent_ch, h, h): LDM Eq. 2, but with v."""
-        t = torch.randint(self.T, (len(z_0),), device=self.device)  # 0 ... T-1, all of them
+        t = torch.randint(self.T, (len(z_0),), device=self.device)  # 0 ... T-1, any step
         noise = torch.randn_like(z_0)
         v_pred = self.model(q_sample(z_0, t, noise, self.alphas_cumprod), t)
         # NEW in 05: the network does not predict ε, as LDM Eq. 2 has it, but
-        #   v = √ᾱ_t · ε − √(1−ᾱ_t) · z_0  (Salimans & Ho, section 4)
-        # From ε_θ follows ẑ_0 = (z_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t. At t = T - 1 the cosine schedule has
-        # 1/√ᾱ_t = 20,000. For pixels the clamp of x̂_0 stops errors that large; latents have no
-        # limits to clamp to. From v follows ẑ_0 without a division. (In Stable Diffusion 1, 1/√ᾱ_t
-        # ends at 15; the 768-pixel model of Stable Diffusion 2 predicts v, too.)
+        #   v = √ᾱ_t · ε − √(1−ᾱ_t) · z_0  (Salimans & Ho, section 4),
+        # nearly ε where there is little noise, nearly −z_0 where there is little else. We get back
+        #   ẑ_0 = √ᾱ_t · z_t − √(1−ᾱ_t) · v̂,
+        # and no error of v̂ is magnified. With ε_θ, ẑ_0 = (z_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t, and at
+        # t = T - 1 the cosine schedule has 1/√ᾱ_t = 20,000. For pixels, clamping x̂_0 limits these
+        # errors; latents have no bounds to clamp to. (In Stable Diffusion 1, 1/√ᾱ_t ends at 15, and
+        # the network predicts ε; the 768-pixel model of Stable Diffusion 2 predicts v.)
+        # ‖v − v̂‖² = ‖ε − ε̂‖² / ᾱ_t, so this loss cannot be compared with that of 02.
         alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         v = alpha_bar_t.sqrt() * noise - (1 - alpha_bar_t).sqrt() * z_0
         return F.mse_loss(v_pred, v)
@@ -542,7 +563,7 @@ class LatentDiffusion:
         # DDIM Eq. 16:  σ_t = η · √((1−ᾱ_prev) / (1−ᾱ_t)) · √(1 − ᾱ_t/ᾱ_prev)
         sigma_t = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
         sigma_t = sigma_t * math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
-        # DDIM Eq. 12:  z_prev = √ᾱ_prev · ẑ_0 + √(1−ᾱ_prev−σ_t²) · ε_θ + σ_t · fresh noise
+        # DDIM Eq. 12:  z_prev = √ᾱ_prev · ẑ_0 + √(1−ᾱ_prev−σ_t²) · ε̂ + σ_t · new noise
         z_prev = math.sqrt(alpha_bar_prev) * z_0_pred
         z_prev = z_prev + math.sqrt(1 - alpha_bar_prev - sigma_t**2) * noise_pred
         if sigma_t > 0:
@@ -550,43 +571,45 @@ class LatentDiffusion:
         return z_prev, z_0_pred
 
     @torch.no_grad()
-    def sample(self, n=16, ddim_steps=50, eta=1.0, z_t=None, start=None, frames=None):
-        """Make n new images, (n, C, H, W) in [-1, 1]: DDIM from noise to latents, then decoding.
+    def sample(self, n=16, ddim_steps=50, eta=1.0, frames=None):
+        """Make n new images, (n, C, H, W) in [-1, 1]: from noise to latents, then to images.
 
-        ddim_steps: calls of the U-Net, 1 ... T. eta: 0 ... 1, as in 04. z_t: scaled latents with
-        the noise of step `start` to go on from, (B, latent_ch, h, h); then n does not count.
-        start: T - 1 unless given. frames: as in 02, decoded. Raises ValueError for values out of
-        range.
+        ddim_steps, eta, frames: as in `denoise`.
         """
-        start = self.T - 1 if start is None else start
-        if not isinstance(start, int) or not 0 <= start < self.T:
-            raise ValueError(f"start = {start!r}: it must be a whole number, 0 to {self.T - 1}")
-        if z_t is None and start != self.T - 1:
-            raise ValueError(f"start = {start}: give the z_t to start from; pure noise is T - 1")
-        if not isinstance(ddim_steps, int) or not 1 <= ddim_steps <= start + 1:
-            allowed = f"a whole number, 1 to {start + 1}"
+        z_T = torch.randn(n, *self.latent_shape, device=self.device)
+        return self.decode(self.denoise(z_T, self.T - 1, ddim_steps, eta, frames))
+
+    @torch.no_grad()
+    def denoise(self, z_t, t, ddim_steps=50, eta=1.0, frames=None):
+        """Return scaled latents z_0 (B, latent_ch, h, h), from z_t with the noise of step t: DDIM.
+
+        t: an int, 0 ... T - 1. ddim_steps: evaluations of the U-Net, 1 ... t + 1. eta: 0 ... 1, as
+        in 04. frames: as in 02, decoded. Raises ValueError for steps and eta out of range.
+        """
+        if ddim_steps not in range(1, t + 2):
+            allowed = f"a whole number, 1 to {t + 1}"
             raise ValueError(f"ddim_steps = {ddim_steps!r}: it must be {allowed}")
-        if not (isinstance(eta, int | float) and 0 <= eta <= 1):
+        eta = float(eta)  # NumPy's float32 would be too inexact
+        if not 0 <= eta <= 1:
             raise ValueError(f"eta = {eta!r}: it must be a number, 0 to 1")
-        z_t = torch.randn(n, *self.latent_shape, device=self.device) if z_t is None else z_t
-        timesteps = [round((start + 1) * i / ddim_steps) - 1 for i in range(ddim_steps, -1, -1)]
+        timesteps = [round((t + 1) * i / ddim_steps) - 1 for i in range(ddim_steps, -1, -1)]
         bar = tqdm(timesteps[:-1], "DDIM", unit=" steps", leave=False)
         for i, (t, t_prev) in enumerate(zip(bar, timesteps[1:])):
             z_prev, z_0_pred = self.ddim_step(z_t, t, t_prev, eta)
             if frames is not None and i % math.ceil(ddim_steps / 50) == 0:
                 frames.append((t, self.decode(z_t), self.decode(z_0_pred)))
             z_t = z_prev
-        images = self.decode(z_t)
         if frames is not None:
-            frames.append((-1, images, images))
-        return images
+            frames.append((-1, *[self.decode(z_t)] * 2))
+        return z_t
 
     @torch.no_grad()
     def encode(self, x, draw=None):
         """Return scaled latents (B, latent_ch, h, h) of images x (B, C, H, W) in [-1, 1].
 
-        draw: noise for μ + σ · draw, which is what the diffusion was trained on; without it only μ,
-        which varies less: where an image says nothing, the KL term makes μ = 0 and σ = 1.
+        draw: the noise in μ + σ · draw, the latents that diffusion is trained on. Without draw, the
+        latents are μ, which varies less: the distribution of a latent that the decoder does not
+        need becomes N(0, 1), so its μ is 0.
         """
         mean, log_variance = self.vae.encode(x)
         return (mean if draw is None else mean + (log_variance / 2).exp() * draw) * self.scale
@@ -602,9 +625,9 @@ def update_average(averaged, model, step, ema_decay):
 
     Exponential moving average:  average ← decay · average + (1 − decay) · weights.  While the
     learning rate is high, the weights fluctuate from step to step, and samples are better with
-    their average; at the end, at a rate near zero, the two hardly differ. The average covers about
-    1 / (1 − decay) steps, 10,000 for 0.9999. At first these would include the random weights of the
-    start, so decay is smaller, and the average covers a ninth of the steps so far.
+    their average; at the end, when the rate is near zero, the two hardly differ. The average covers
+    about 1 / (1 − decay) steps, 10,000 for 0.9999. Early on, these would include the random initial
+    weights, so decay is smaller, and the average covers only a ninth of the steps so far.
     """
     decay = min(ema_decay, (1 + step) / (10 + step))
     with torch.no_grad():
@@ -617,13 +640,7 @@ SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
 AUTOENCODER = "IMAGE_SHAPE", "VAE_CH", "LATENT_CH", "DOWNSAMPLE"  # NEW in 05
 NETWORK = "LATENT_SHAPE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"
 FIXED_VAE = "DATASET", *AUTOENCODER, "KL_WEIGHT", "VAE_EPOCHS"  # NEW in 05
-FIXED = (
-    "VAE",
-    *FIXED_VAE,
-    "T",
-    "SCHEDULE",
-    *NETWORK,
-)  # must agree with a checkpoint to go on from it
+FIXED = "VAE", *FIXED_VAE, "T", "SCHEDULE", *NETWORK  # must match a checkpoint to resume
 
 
 def load(path):
@@ -651,9 +668,9 @@ def best_precision(device):
 
 
 def best_layout(device):
-    """Return the order in memory in which convolutions are fast: the channels of a pixel together.
+    """Return the memory layout that makes convolutions fast: the channels of a pixel together.
 
-    On two CPU cores this makes a network evaluation 15 % faster. Apple's GPUs gave wrong results.
+    On two CPU cores, a network evaluation is 15 % faster. Apple's GPUs gave wrong results with it.
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
@@ -670,11 +687,12 @@ def to_batch(images, flip=False):
 class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
-    Gradients are large in a few directions (singular vectors) and small in most. Muon brings all to
-    the same size. A step takes about 10 % longer than with Adam, but after the same minutes the
-    Fréchet distance is smaller by two thirds (see the README). weights: parameters of two or more
-    dimensions; lr: about 0.02. Jordan et al. 2024, kellerjordan.github.io/posts/muon.
-    (torch.optim.Muon takes no convolutions, and computes in bfloat16, which is slow on many CPUs.)
+    Gradients are large in a few directions (singular vectors) and small in most. Muon scales
+    all of them to about the same size. A step takes about 10 % longer than with Adam, but after the
+    same training time the Fréchet distance of 02 is two thirds smaller (see the README). weights:
+    parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
+    in bfloat16, which is slow on many CPUs.)
     """
 
     def __init__(self, weights, lr):
@@ -690,7 +708,7 @@ class Muon(torch.optim.Optimizer):
                 average = state["average"].lerp_(weight.grad, 0.05)
                 u = weight.grad.lerp(average, 0.95).flatten(1)  # Nesterov; (out, in · kernel)
                 u = u / (u.norm() + 1e-7)  # now all singular values σ are at most 1
-                # Lift them to about 1, by steps of Newton and Schulz with Jordan's coefficients:
+                # Newton–Schulz steps with Jordan's coefficients bring them all close to 1:
                 for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
                     gram = u @ u.T
                     u = 3.4445 * u + (2.0315 * gram @ gram - 4.7750 * gram) @ u
@@ -701,8 +719,8 @@ class Muon(torch.optim.Optimizer):
 def split_weights(model):
     """Return the matrices inside the network, for Muon, and all other weights, for Adam.
 
-    Muon's authors leave the first layer, the last, vectors and embeddings to Adam. (They also
-    update query, key and value apart, which are rows of one matrix here.)
+    Muon's authors leave the first and the last layer, vectors and embeddings to Adam. (They also
+    update query, key and value separately; here these are rows of one matrix.)
     """
     inner, outer = [], []
     for name, weight in model.named_parameters():
@@ -724,14 +742,15 @@ def save_atomically(contents, path):
 
 
 class Trainer:
-    """Trains a network; a new Trainer goes on from the last checkpoint, however the old one ended.
+    """Trains a network; a new Trainer resumes from the last checkpoint, however the old one ended.
 
-    On a CPU the result is the same to the last bit as without the interruption. A GPU may add
-    numbers in another order.
+    On a CPU, the result is the same as without the interruption, to the last bit. A GPU may add
+    numbers in a different order.
 
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
-    settings: the constants by name, saved with the checkpoint. fixed: names of those that must
-    agree with it to go on. path: the checkpoint. rank, world: number of this process, of all.
+    settings: the constants by name, saved in the checkpoint. fixed: the names of constants that
+    must be the same as in the checkpoint. path: the checkpoint. rank: the number of this process.
+    world: how many processes there are.
     """
 
     STATES = "model", "averaged", "muon", "adam"  # have a state_dict each
@@ -753,7 +772,7 @@ class Trainer:
             self.resume(fixed)
 
     def resume(self, fixed):
-        """Go on from the checkpoint; if that is impossible, end the program and leave it alone."""
+        """Resume from the checkpoint; if that is impossible, end the program and keep the file."""
         begin = f"Cannot go on from {self.path}:"
         hint = "To start from scratch, delete the file or set another OUT_DIR."
         try:
@@ -766,12 +785,12 @@ class Trainer:
                 getattr(self, name).load_state_dict(state[name])
             for name in self.VALUES:
                 setattr(self, name, state[name])
-            # With another BATCH_SIZE there are more or fewer steps: the same share of them is done.
+            # Another BATCH_SIZE changes the number of steps; the share of them done stays the same.
             before = max(1, self.settings["EPOCHS"] * self.count // state["settings"]["BATCH_SIZE"])
             self.step = self.step * self.total_steps // before
         except Exception as error:  # cut short, damaged, another program's file
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            sys.exit(f"{begin} it is damaged or not from this script ({reason}). {hint}")
+            sys.exit(f"{begin} it cannot be read as a checkpoint of this script ({reason}). {hint}")
         print(f"Going on from {self.path}, step {self.step:,} of {self.total_steps:,}.")
 
     def save(self):
@@ -792,8 +811,8 @@ class Trainer:
 
     def train_step(self):
         """Learn from a batch of images drawn at random; return the loss, a tensor on the device."""
-        # The step's number seeds all that is random in it: images, t, noise, dropout, mirroring.
-        # So going on needs no other random state.
+        # The step's number seeds everything random in a step: images, t, noise, dropout, mirroring.
+        # So resuming needs no other random state.
         torch.manual_seed(hash((self.settings["SEED"], self.step, self.rank)))
         size = math.ceil(self.settings["BATCH_SIZE"] / self.world)  # each GPU has its share
         loss = self.loss(torch.randint(self.count, (size,), device=self.device))
@@ -807,7 +826,7 @@ class Trainer:
         self.scaler.scale(loss).backward()  # the scaler acts only in float16
         for optimizer in self.muon, self.adam:
             self.scaler.unscale_(optimizer)
-        # Both optimizers remember past gradients: no freak batch should dominate them.
+        # Both optimizers average past gradients, and no outlier batch should dominate the average.
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.muon, self.adam:  # neither, if float16 gradients became infinite
             if not self.scaler.is_enabled() or norm.isfinite():
@@ -873,25 +892,26 @@ def sample_in_parts(sample, n, size, frames=None):
 
 
 @torch.no_grad()
-def save_autoencoder_figures(vae, latents, scale, alphas_cumprod, x, seed, folder, note):
+def save_autoencoder_figures(ldm, latents, x, settings, folder, note):
     """NEW in 05. Save reconstructions of test images x, and the distribution of their latents.
 
-    latents: many unscaled ones, drawn, (N, latent_ch, h, h).
+    latents: many scaled ones, drawn, (N, latent_ch, h, h).
     """
-    z = torch.cat([vae.encode(part)[0] for part in x.split(64)])
-    again = torch.cat([vae.decode(part) for part in z.split(64)])
+    z = torch.cat([ldm.encode(part) for part in x.split(settings["BATCH_SIZE"])])
+    again = torch.cat([ldm.decode(part) for part in z.split(settings["BATCH_SIZE"])])
     psnr = 10 * math.log10(4 / (again - x).square().mean().item())  # 4 = 2²: the range is 2
     print(f"PSNR of reconstructed test images: {psnr:.1f} dB.")
-    # What a VAE is meant for: to decode noise. But the latents of digits fill only a small
-    # part of N(0, 1), the less the smaller KL_WEIGHT is, and most noise lies elsewhere.
-    noise = torch.randn(z[:12].shape, generator=torch.Generator().manual_seed(seed))
-    prior = vae.decode(noise.to(z.device))
+    # A VAE is meant to generate images from noise. But the latents of digits fill only a small part
+    # of N(0, 1), which shrinks as KL_WEIGHT does, and most noise lies elsewhere.
+    noise = torch.randn(z[:12].shape, generator=torch.Generator().manual_seed(settings["SEED"]))
+    prior = ldm.vae.decode(noise.to(z.device))
     rows = {"test images": x[:12], "reconstructions": again[:12], "from pure noise": prior}
     title = f"The autoencoder alone, PSNR {psnr:.1f} dB"
     image_table(rows, folder / "autoencoder.png", (), title, note)
-    channels = (z[:12] * scale / 2).transpose(0, 1)  # (latent_ch, 12, 8, 8), mostly within ±1
+    channels = (z[:12] / 2).transpose(0, 1)  # (latent_ch, 12, 8, 8), mostly within ±1
     latent_pictures(x[:12], channels, folder / "latents.png", note=note)
-    latent_scaling(latents, scale, alphas_cumprod, folder / "latent_scale.png", note=note)
+    path, unscaled = folder / "latent_scale.png", latents / ldm.scale
+    latent_scaling(unscaled, ldm.scale, ldm.alphas_cumprod.cpu(), path, note=note)
 
 
 def save_latent_preview(ldm, trainer, ddim_steps, folder, note):
@@ -905,9 +925,9 @@ def save_latent_preview(ldm, trainer, ddim_steps, folder, note):
 def training_cost(loss):
     """NEW in 05. Return seconds and megabytes of loss() and its gradients, without the optimizers.
 
-    The memory is what the network keeps for the gradients, weights included; it grows with the
-    batch. Gradients, optimizers and averages need three to four times the weights on top, and as
-    much on pixels as on latents.
+    The memory is what the network stores to compute gradients, weights included; it grows with the
+    batch. Gradients, optimizers and averaged weights add three to four times the size of the
+    weights, for pixels as for latents.
     """
     kept = {}
 
@@ -935,33 +955,30 @@ def save_costs(ldm, settings, folder, note, sides=(32, 64, 128), batch=4):
     the side; latents have DOWNSAMPLE² times fewer positions.
     """
     lines, device, (channels, *_) = [], ldm.device, settings["IMAGE_SHAPE"]
-    steps = min(10, ldm.T)
+    steps, width = min(10, ldm.T), (settings["BASE_CH"], (1, 2), settings["NUM_BLOCKS"], (), 0.0)
     for side in sides:
         x = torch.rand(batch, channels, side, side, device=device) * 2 - 1
-        vae = VAE(x.shape[1:], *[settings[name] for name in AUTOENCODER[1:]]).to(device)
+        vae = VAE(x.shape[1:], *[settings[name] for name in AUTOENCODER[1:]])
+        vae.to(device, memory_format=best_layout(device))
         costs = []
-        for shape in x.shape[1:], vae.latent_shape:
-            model = UNet(
-                *(shape, settings["BASE_CH"], (1, 2), settings["NUM_BLOCKS"], (), 0.0),
-                ldm.model.precision,
-            )
+        for shape, decode in (x.shape[1:], lambda z: z), (vae.latent_shape, vae.decode):
+            model = UNet(shape, *width, ldm.model.precision)
             model.to(device, memory_format=best_layout(device))
             other = LatentDiffusion(model, vae, 1.0, ldm.betas, shape, device)
-            if shape == x.shape[1:]:
-                other.decode = lambda z: z
+            other.decode = decode
             data = torch.randn(batch, *shape, device=device)
             seconds, megabytes = training_cost(partial(other.loss, data))
-            other.sample(1, 1).cpu()
+            other.sample(1, 1).cpu()  # the first evaluation is slow: it does not count
             start = now()
             other.sample(1, steps).cpu()
             costs.append([1000 * seconds, megabytes, 1000 * (now() - start)])
-        what = "ms per training step", "MB for its gradients", f"ms per sample, {steps} steps"
-        for name, pixels, latents in zip(what, *costs):
+        what = f"ms per training step of {batch} images", "MB for its gradients"
+        for name, pixels, latents in zip((*what, f"ms per image, {steps} steps"), *costs):
             cells = f"{pixels:.0f}", f"{latents:.0f}", f"{pixels / latents:.1f} ×"
             lines.append([f"{side} × {side}: {name}", *cells])
         seconds, _ = training_cost(lambda x=x, vae=vae: vae_loss(x, *vae(x), 0.002))
         lines.append([f"{side} × {side}: ms per step of the VAE", "", f"{1000 * seconds:.0f}", ""])
-    title = f"One U-Net on pixels and on latents, {batch} images, on {device}"
+    title = f"One U-Net on pixels and on latents, on {device}"
     table(["", "pixels", "latents", "ratio"], lines, folder / "cost.png", title, note)
 
 
@@ -972,22 +989,18 @@ def save_latent_interpolation(ldm, x, seed, folder, note, points=9):
         return
     start = ldm.T * 6 // 10  # so much noise that the digit may change, not enough to forget it
     torch.manual_seed(seed)
-    draw, noise = torch.randn(2, 1, *ldm.latent_shape, device=ldm.device)  # the same for all images
+    draw, noise = torch.randn(2, 1, *ldm.latent_shape, device=ldm.device)
     z_0 = ldm.encode(x, draw)
-    t = torch.full((len(z_0),), start, device=ldm.device)
-    z_t = q_sample(z_0, t, noise, ldm.alphas_cumprod)
-    # Both images get the same noise, so on a straight line it stays as strong as step `start` wants
-    # it. (DDPM section 4.4 blends two different noises along a line; half-way they are weaker.
-    # slerp, right for two different noises, would magnify the one that is shared.)
-    between = interpolate(z_t[0::2], z_t[1::2], points, "lerp").transpose(0, 1)
-    diffused = ldm.sample(
-        ddim_steps=min(50, start + 1), eta=0, z_t=between.flatten(0, 1), start=start
-    )
-    plain = interpolate(z_0[0::2], z_0[1::2], points, "lerp").transpose(0, 1)
-    decoded = ldm.decode(plain.flatten(0, 1))
+    between = interpolate(z_0[0::2], z_0[1::2], points, "lerp").transpose(0, 1).flatten(0, 1)
+    decoded = ldm.decode(between)
+    # All use the same noise, so only the latents change along a row. (DDPM section 4.4 blends two
+    # noised images; their noise differs, and halfway, the blend of the two is too weak.)
+    t = torch.full((len(between),), start, device=ldm.device)
+    z_t = q_sample(between, t, noise, ldm.alphas_cumprod)
+    diffused = ldm.decode(ldm.denoise(z_t, start, min(50, start + 1), eta=0))
     rows = {}
     for pair, name in enumerate("ABC"[: len(x) // 2]):
-        rows[f"{name}: noised, lerp, denoised"] = diffused[pair * points : (pair + 1) * points]
+        rows[f"{name}: lerp, noised, denoised"] = diffused[pair * points : (pair + 1) * points]
         rows[f"{name}: lerp, decoded"] = decoded[pair * points : (pair + 1) * points]
     shares = [f"{100 * i / (points - 1):.0f} %" for i in range(points)]
     title = f"From one test image to another, with the noise of t = {start} and without"
@@ -1054,7 +1067,7 @@ CHECKS = (  # constants, the condition that each must meet, and the same in word
     ("DOWNSAMPLE", lambda v: v in (2, 4, 8), "2, 4 or 8"),
     ("KL_WEIGHT", lambda v: 0 <= v <= 100, "a number from 0 to 100"),
     ("T", lambda v: is_whole(v, 2), "a whole number from 2"),
-    ("DDIM_STEPS", lambda v: is_whole(v) and v <= T, "a whole number from 1 to T"),  # NEW in 05
+    ("DDIM_STEPS", lambda v: is_whole(v) and v <= T, "a whole number from 1 to T"),  # NEW in 04
     ("SEED", lambda v: is_whole(v, 0), "a whole number from 0"),
     ("SCHEDULE", lambda v: v in SCHEDULES, "'linear' or 'cosine'"),
     ("CHANNEL_MULT", lambda v: v and all(map(is_whole, v)), "like (1, 2, 4)"),
@@ -1112,23 +1125,24 @@ if __name__ == "__main__":
         sys.exit(f"CHANNEL_MULT = {CHANNEL_MULT} halves {side} latents too often: shorten it.")
     vae.to(device, memory_format=best_layout(device))
     vae = train_vae(vae, images, settings, out_dir / "vae.pt", rank, world)  # NEW in 05
-    mean, deviation, scale = encode_all(vae, images)
+    mean, deviation, scale = encode_all(vae, images, BATCH_SIZE)
     settings["VAE"] = digest_of(vae)  # a stage 2 fits no other VAE than its own
-    torch.manual_seed(SEED)
-    if rank == 0:
-        drawn = mean[:2000] + deviation[:2000] * torch.randn_like(mean[:2000])
-        alphas_cumprod = torch.cumprod(1 - SCHEDULES[SCHEDULE](T), dim=0).float()
-        save_autoencoder_figures(vae, drawn, scale, alphas_cumprod, x, SEED, out_dir, note)
     torch.manual_seed(SEED)
     extras = {"vae": vae.state_dict(), "scale": scale}
     ldm = SAMPLER.build({"settings": settings, "extras": extras}, device)
+
+    def draw_latents(index):
+        z = mean[index] + deviation[index] * torch.randn_like(mean[index])  # NEW in 05
+        return scale * z
+
+    if rank == 0:
+        save_autoencoder_figures(ldm, draw_latents(slice(2000)), x, settings, out_dir, note)
     model = ldm.model
     if world > 1:  # equal weights everywhere, and the mean of all processes' gradients
         ldm.model = nn.parallel.DistributedDataParallel(model)
 
     def loss(index):
-        z = mean[index] + deviation[index] * torch.randn_like(mean[index])  # NEW in 05
-        return ldm.loss(z * scale)
+        return ldm.loss(draw_latents(index))
 
     path = out_dir / "checkpoint.pt"
     trainer = Trainer(model, loss, count, settings, FIXED, path, rank, world)

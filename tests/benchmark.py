@@ -37,6 +37,7 @@ import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn as nn
@@ -54,6 +55,7 @@ OUT_DIR = ROOT / "outputs" / "benchmark"
 SCALES = 0, 1, 2, 3, 5, 7, 10
 COUNT = 1000  # samples to score, and real images to compare them with
 SEED = 123  # of the samples' noise, and of the order of the real images
+TIME = "seconds for 16 images"
 # Starts a program and says how much memory it took at most. In a small process of its own, for what
 # starts a program counts as the program's memory.
 MEASURE = """
@@ -150,10 +152,14 @@ class Judge:
         self.test_labels = labels
         self.accuracy = (guesses.argmax(1) == labels).double().mean().item()
 
-    def score(self, images, labels=None):
-        """Return the scores of images (N, 1, 28, 28) in [-1, 1] by name; labels: what was asked."""
+    def score(self, images, labels=None, real=None):
+        """Return the scores of images (N, 1, 28, 28) in [-1, 1] by name.
+
+        labels: what was asked. real: features that precision and recall compare with; unless given,
+        those of the first N test images.
+        """
         features, guesses = look(self.model, images)
-        real = self.test_features[: len(features)]
+        real = self.test_features[: len(features)] if real is None else real
         confident = (guesses.max(1).values > 0.8).double().mean().item()
         scores = {
             "Fréchet distance": frechet_distance(features, self.train_features),
@@ -166,6 +172,13 @@ class Judge:
             real_spread = spread_within_classes(self.test_features, self.test_labels)
             scores["spread"] = spread_within_classes(features, labels) / real_spread
         return scores
+
+    def score_real(self):
+        """Return the mean scores of ten random thousands of real images, each among the next."""
+        thousands = read_mnist(train=False)[0].split(COUNT)
+        references = self.test_features.roll(-COUNT, 0).split(COUNT)
+        scores = [self.score(some, real=next_) for some, next_ in zip(thousands, references)]
+        return {name: fmean(score[name] for score in scores) for name in scores[0]}
 
 
 def save_atomically(contents, path):
@@ -315,7 +328,7 @@ def read_checkpoint(script, module):
     return module.load(path), state, digest
 
 
-def draw(name, digest, sample, folder=OUT_DIR, size=250):
+def draw(name, digest, sample, folder=OUT_DIR, size=250, seed=SEED):
     """Return COUNT samples, drawn by sample(n, first) in parts after seeding once.
 
     They are kept in folder under this name, and used again while weights and scripts have this
@@ -326,11 +339,18 @@ def draw(name, digest, sample, folder=OUT_DIR, size=250):
         kept = torch.load(path, weights_only=True)
         if kept["digest"] == digest and len(kept["samples"]) == COUNT:
             return kept["samples"]
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     parts = [sample(min(size, COUNT - first), first) for first in range(0, COUNT, size)]
     samples = torch.cat(parts).cpu()
     save_atomically({"digest": digest, "samples": samples}, path)
     return samples
+
+
+def seconds_of(sample, n=16):
+    """Return how long sample(n, 0) takes, as the main table shows it."""
+    start = time.monotonic()
+    sample(n, 0).cpu()  # waits for a GPU
+    return f"{time.monotonic() - start:.1f}"
 
 
 def print_table(title, rows):
@@ -364,8 +384,8 @@ def benchmark_01(judge):
     digest = digest_of(code_of(script, only_method=True), weights)
     samples = draw(f"01_ddpm_{ddpm.T}", digest, lambda n, _: ddpm.sample(n))
     cost["parameters"] = f"{sum(w.numel() for w in weights.values()):,}"
-    row = {**cost, "sampler": f"DDPM, {ddpm.T} steps", **in_words(judge.score(samples))}
-    return row, samples
+    cost |= {"sampler": f"DDPM, {ddpm.T} steps", TIME: seconds_of(lambda n, _: ddpm.sample(n))}
+    return {**cost, **in_words(judge.score(samples))}, samples
 
 
 def benchmark_02(judge):
@@ -375,38 +395,37 @@ def benchmark_02(judge):
     ddpm, state, digest = read_checkpoint(script, module)
     samples = draw(f"02_ddpm_{ddpm.T}", digest, lambda n, _: ddpm.sample(n))
     cost = cost_of(script, state["averaged"])
-    row = {**cost, "sampler": f"DDPM, {ddpm.T} steps", **in_words(judge.score(samples))}
-    return row, samples
+    cost |= {"sampler": f"DDPM, {ddpm.T} steps", TIME: seconds_of(lambda n, _: ddpm.sample(n))}
+    return {**cost, **in_words(judge.score(samples))}, samples
 
 
 def benchmark_03(judge):
-    """Score 03 at several guidance scales in 50 steps, and at one in all of them.
+    """Score 03 at several guidance scales, print a table and draw it; return its row, and samples.
 
-    Prints a table; returns the row of the main table, and the samples.
+    In SAMPLE_STEPS steps, as in its figures: all T of them would take more than an hour.
     """
     script = SCRIPTS["03"]
     module = load(script)
     ddpm, state, digest = read_checkpoint(script, module)
     labels = torch.arange(COUNT) % 10
 
-    def guided(n, first, scale, steps):
+    def guided(n, first, scale):
         return ddpm.sample(n, labels[first : first + n], scale, steps)
 
-    rows, results = [], {}
-    for scale, steps in *((scale, 50) for scale in SCALES), (module.GUIDANCE_SCALE, ddpm.T):
-        sample = partial(guided, scale=scale, steps=steps)
-        samples = draw(f"03_{steps}_steps_scale_{scale:g}", digest, sample)
-        scores = judge.score(samples, labels)
-        if steps == 50:
-            results[scale] = scores
-        scores = in_words(scores)
-        rows.append({"guidance scale": f"{scale:g}", "steps": steps, **scores})
-    print_table("What guidance gives and takes", rows)
-    note = f"MNIST, {COUNT:,} samples each, 50 steps, seed {SEED}"
+    steps, default, rows, results = module.SAMPLE_STEPS, module.GUIDANCE_SCALE, [], {}
+    for scale in SCALES:
+        drawn = draw(f"03_{steps}_steps_scale_{scale:g}", digest, partial(guided, scale=scale))
+        results[scale] = judge.score(drawn, labels)
+        rows.append({"guidance scale": f"{scale:g}", **in_words(results[scale])})
+        if scale == default:
+            samples = drawn
+    print_table(f"What guidance gives and takes, {steps} steps", rows)
+    note = f"MNIST, {COUNT:,} samples each, {steps} steps, seed {SEED}"
     print(f"Saved {trade_off(results, OUT_DIR / 'guidance_trade_off.png', note=note)}")
-    sampler = f"DDPM, {ddpm.T} steps, scale {scale:g}"
-    del scores["spread"]
-    return {**cost_of(script, state["averaged"]), "sampler": sampler, **scores}, samples
+    scores = in_words({k: v for k, v in results[default].items() if k != "spread"})
+    cost, seconds = cost_of(script, state["averaged"]), seconds_of(partial(guided, scale=default))
+    sampler = f"DDPM, {steps} steps, scale {default:g}"
+    return {**cost, "sampler": sampler, TIME: seconds, **scores}, samples
 
 
 def benchmark_04(judge):
@@ -417,8 +436,11 @@ def benchmark_04(judge):
     output = run(script).get("output", "")
     rows, curves, default, default_samples = [], {}, None, None
     samplers = [("DDPM", lambda n, _: ddim.sample(n), (ddim.T,))]
-    for spacing in "even", "early", "late":
-        steps = (10, 20, 50, 100) if spacing == "even" else (10, 20, 40)
+    for spacing, steps in (
+        ("even", (10, 20, 50, 100)),
+        ("early", (10, 20, 40)),
+        ("late", (10, 20)),
+    ):
         for eta in 1, 0:
             sampler = partial(ddim.ddim_sample, eta=eta, spacing=spacing)
             samplers.append((f"DDIM, η = {eta}, {spacing}", sampler, steps))
@@ -426,7 +448,7 @@ def benchmark_04(judge):
         samplers.append((f"DPM-Solver++(2M), {spacing}", sampler, steps[:3]))
     for name, sampler, all_steps in samplers:
         for steps in all_steps:
-            file, key = f"04_{name}_{steps}".replace(" η = ", "_eta_").replace(", ", "_"), digest
+            file, key = f"04_{name}_{steps}".replace(", η = ", "_eta_").replace(", ", "_"), digest
             if name == "DDPM" and path_of(script) == path_of(SCRIPTS["02"]):
                 file = f"02_ddpm_{steps}"  # network and sampler of 02, to the last character
                 key = digest_of(code_of(SCRIPTS["02"], only_method=True), state["averaged"])
@@ -442,7 +464,7 @@ def benchmark_04(judge):
                 rf"(?m)^ *{re.escape(printed)}  +{steps}  +([\d.]+)  +(.+) x$", output
             )
             seconds, speedup = (timed[1], f"{timed[2]} ×") if timed else ("", "")
-            calls = {"sampler": name, "calls of the network": steps}
+            calls = {"sampler": name, "network evaluations": steps}
             times = {"seconds for 64 images": seconds, "speed-up": speedup}
             rows.append({**calls, **times, **scores})
     print_table("The samplers of 04", rows)
@@ -450,10 +472,21 @@ def benchmark_04(judge):
     (distance,) = curves.pop("DDPM").values()
     reference, picture = (f"DDPM, {ddim.T} steps", distance), OUT_DIR / "samplers.png"
     print(f"Saved {quality_by_steps(curves, reference, picture, note=note)}")
+
+    def sample_by_default(n, _):
+        return ddim.ddim_sample(n, module.DDIM_STEPS, module.ETA)
+
+    distances = [curves[f"DDIM, η = {module.ETA:g}, even"][module.DDIM_STEPS]]
+    for seed in SEED + 1, SEED + 2:
+        name = f"04_default_seed_{seed}"
+        again = draw(name, digest, sample_by_default, seed=seed)
+        distances.append(judge.score(again)["Fréchet distance"])
+    three = ", ".join(f"{distance:.2f}" for distance in distances)
+    print(f"The default sampler of 04 with three seeds: Fréchet distance {three}")
     why_noise_helps(judge, module, ddim, digest)
-    sampler = f"DDIM, {module.DDIM_STEPS} steps"
     cost = cost_of(script, state["averaged"])
-    return {**cost, "sampler": sampler, **default}, default_samples
+    cost |= {"sampler": f"DDIM, {module.DDIM_STEPS} steps", TIME: seconds_of(sample_by_default)}
+    return {**cost, **default}, default_samples
 
 
 def why_noise_helps(judge, module, ddim, digest, steps=50):
@@ -515,7 +548,8 @@ def benchmark_05(judge):
         rows = [{**row, "ratio": row["ratio"].replace("x", "×")} for row in rows]
         print_table("05: the same U-Net on pixels and on latents", rows)
     cost = cost_of(script, vae_weights, state["averaged"])
-    return {**cost, "sampler": f"DDIM, {steps} steps", **in_words(judge.score(samples))}, samples
+    cost |= {"sampler": f"DDIM, {steps} steps", TIME: seconds_of(lambda n, _: ldm.sample(n, steps))}
+    return {**cost, **in_words(judge.score(samples))}, samples
 
 
 BENCHMARKS = {
@@ -544,11 +578,9 @@ if __name__ == "__main__":
     for number in numbers:
         run(SCRIPTS[number])
     judge = Judge()
-    # As many real images as there are samples; not those that precision and recall compare with.
-    real = judge.score(read_mnist(train=False)[0][COUNT : 2 * COUNT])
     rows, samples = map(list, zip(*(BENCHMARKS[number](judge) for number in numbers)))
     nothing = dict.fromkeys(rows[0], "")
-    rows.append({**nothing, "command": "real test images", **in_words(real)})
+    rows.append({**nothing, "command": "real test images", **in_words(judge.score_real())})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     print_table("The five scripts", [{key: row.get(key, "") for key in columns} for row in rows])
     print(

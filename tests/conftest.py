@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny networks: threads that wait for each other cost time
+os.environ["USE_LIBUV"] = "0"  # PyTorch for Windows has torchrun's network library not built in
 
 import numpy as np
 import pytest

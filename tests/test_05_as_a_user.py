@@ -45,6 +45,18 @@ def folder_of(project):
     return project.folder / "outputs" / "05_latent_diffusion"
 
 
+@pytest.mark.parametrize("content", [None, b"", b"<html>not found</html>"])
+def test_damaged_test_images_end_with_one_line(project, content):
+    prepare(project)
+    file = project.folder / "data" / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    damaged = file.read_bytes()[:1000] if content is None else content
+    file.write_bytes(damaged)
+    done = project.run_here(SCRIPT)
+    assert done.returncode == 1 and file.read_bytes() == damaged
+    assert done.stderr.startswith("The test images of MNIST in data are damaged (")
+    assert done.stderr.count("\n") == 1 and project.outputs(SCRIPT) == []
+
+
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Saves most of the time, where the pictures do not matter."""

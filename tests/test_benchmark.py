@@ -67,6 +67,20 @@ def test_04_is_scored_with_the_network_that_it_sampled_with(tmp_path, monkeypatc
     assert benchmark.path_of("02_ddpm.py") == of_02
 
 
+def test_real_images_are_scored_by_thousands_each_among_the_next(monkeypatch):
+    judge, pairs = object.__new__(benchmark.Judge), []
+    judge.test_features = torch.arange(10_000.0)[:, None]
+    monkeypatch.setattr(benchmark, "read_mnist", lambda train: (judge.test_features, None))
+
+    def score(images, labels=None, real=None):
+        pairs.append((images[0].item(), real[0].item(), len(images), len(real)))
+        return {"first": images[0].item()}
+
+    judge.score = score
+    assert judge.score_real() == {"first": 4500}
+    assert pairs == [(1000 * i, 1000 * (i + 1) % 10_000, 1000, 1000) for i in range(10)]
+
+
 class Mean:
     """In place of the classifier: the score of images is the mean of those of each class."""
 
@@ -106,7 +120,7 @@ def test_guidance_is_scored_with_the_samples_of_03s_network(tmp_path, monkeypatc
     row, samples = benchmark.benchmark_03(Mean())
     assert len(samples) == benchmark.COUNT and list(results) == [0, 1, 2]
     scores = {scale: score["means"] for scale, score in results.items()}
-    scores[script.GUIDANCE_SCALE] = row["means"]  # in all 200 steps, the others in 50
+    assert row["means"] == scores[script.GUIDANCE_SCALE]
     for scale, means in scores.items():
         wanted = (scale * (torch.arange(10) / 10 - 0.5)).clamp(-1, 1)
         assert means == pytest.approx(wanted.tolist(), abs=0.04), scale

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import load
@@ -119,12 +120,25 @@ def test_bad_numbers_of_steps(steps):
     assert ddim.model.calls == []
 
 
-@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan"), "1", None])
+@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan"), 2])
 def test_bad_eta(eta):
     ddim, _ = make(oracle)
     with pytest.raises(ValueError, match="eta = "):
         ddim.ddim_sample(2, 10, eta)
     assert ddim.model.calls == []
+
+
+def test_numbers_of_numpy():
+    ddim, _ = make(oracle)
+    images = []
+    for steps, eta in (10, 1.0), (np.int64(10), np.float32(1)), (np.int32(10), np.int64(1)):
+        torch.manual_seed(0)
+        images.append(ddim.ddim_sample(2, steps, eta))
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+    ddim.ddim_invert(torch.zeros(2, 1, 4, 4), np.int64(7))
+    ddim.dpm_solver_sample(2, np.int64(7))
+    assert len(ddim.model.calls) == 30 + 7 + 7
+    ddim.ddim_sample(2, 1000, np.float32(1))  # no root of a number just below zero
 
 
 # %% Against diffusers

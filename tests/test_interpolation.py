@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -83,6 +84,7 @@ def test_errors():
             way(z[0], z[1], 0.5)
         with pytest.raises(ValueError, match="3 weights for 2 items"):
             way(z, z, torch.ones(3))
+    assert len(interpolate(z, z, np.int64(3))) == 3
     for steps in 1, 0, 2.5:
         with pytest.raises(ValueError, match=r"points = .* of at least 2"):
             interpolate(z, z, steps)

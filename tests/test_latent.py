@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -126,7 +127,7 @@ def test_latents_are_drawn_with_their_deviation():
 def test_scaled_latents_have_unit_variance():
     vae = make_vae()
     images = torch.randint(0, 256, (700, 1, 28, 28), dtype=torch.uint8)
-    mean, deviation, scale = script.encode_all(vae, images)
+    mean, deviation, scale = script.encode_all(vae, images, 64)
     assert mean.shape == deviation.shape == (700, 4, 8, 8)
     drawn = mean + deviation * torch.randn_like(mean)
     assert (drawn * scale).std().item() == pytest.approx(1, abs=0.01)
@@ -275,7 +276,7 @@ def test_loss_of_the_oracle_is_the_unavoidable_one():
 
 
 def test_from_a_noisy_latent_on():
-    """The first step is that of `start`, and the last one ends at the clean latent."""
+    """The first step is that of t, and the last one ends at the clean latent."""
     asked = []
 
     def function(z_t, t):
@@ -286,16 +287,16 @@ def test_from_a_noisy_latent_on():
     z_0 = torch.full((2, 4, 8, 8), MEAN)
     t = torch.full((2,), 300)
     z_t = script.q_sample(z_0, t, torch.randn_like(z_0), ldm.alphas_cumprod)
-    ldm.sample(z_t=z_t, start=300, ddim_steps=7)
+    ldm.denoise(z_t, 300, np.int64(7), np.float32(1))
     assert len(asked) == 7 and asked[0] == 300 and asked[-1] == 42
-    for bad in ({"start": 1000}, {"start": -1}, {"start": 500}, {"eta": 2}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            ldm.sample(2, **bad)
+    for eta in -0.1, 2, float("nan"):
+        with pytest.raises(ValueError, match="eta = "):
+            ldm.sample(2, eta=eta)
     with pytest.raises(ValueError, match="1 to 6"):
-        ldm.sample(z_t=z_t, start=5, ddim_steps=7)
+        ldm.denoise(z_t, 5, 7)
     ldm.model = Network(v_of(5, ldm.alphas_cumprod))
-    images = ldm.sample(z_t=z_t, start=300, ddim_steps=7)
-    assert torch.allclose(images, torch.tensor(5.0), atol=1e-4)
+    latents = ldm.denoise(z_t, 300, 7)
+    assert torch.allclose(latents, torch.tensor(5.0), atol=1e-4)
     for steps in 0, 1001, 2.5, "x":
         with pytest.raises(ValueError, match="ddim_steps = "):
             ldm.sample(2, steps)

@@ -62,6 +62,7 @@ def test_drawn_digits_vary_and_can_be_told_apart():
 def test_drawing_a_senseless_number_of_digits(n):
     with pytest.raises(ValueError, match="n ="):
         draw_digits(n)
+    assert len(draw_digits(np.int64(3))[0]) == 3
 
 
 # %% Figures
@@ -97,6 +98,26 @@ def test_every_figure_is_written_and_shows_something(tmp_path, channels):
     for path in paths:
         assert pixels(path).std() > 5, path.name
     assert len(os.listdir(tmp_path / "new folder")) == len(paths), "no temporary file stays"
+
+
+def test_paths_may_begin_with_the_home_folder_and_name_a_format(tmp_path, monkeypatch):
+    for name in "HOME", "USERPROFILE":
+        monkeypatch.setenv(name, str(tmp_path))
+    grid = visualize.sample_grid(torch.zeros(4, 1, 8, 8), "~/grid.pdf")
+    assert grid == tmp_path / "grid.pdf" and grid.read_bytes().startswith(b"%PDF")
+    gif = visualize.grid_gif(torch.zeros(3, 4, 1, 8, 8), "~/grid.gif")
+    assert gif == tmp_path / "grid.gif" and gif.read_bytes().startswith(b"GIF")
+
+
+def test_each_pixel_of_large_images_is_shown(tmp_path):
+    """Columns of white and black in turn: the figure has as many."""
+    images = torch.ones(36, 1, 128, 128)
+    images[..., ::2] = -1
+    grid = visualize.sample_grid(images, tmp_path / "grid.png")
+    table = visualize.image_table({"a": images[:5], "b": images[:5]}, tmp_path / "table.png")
+    for path, count in (grid, 6 * 64), (table, 5 * 64):
+        row = pixels(path)[pixels(path).shape[0] // 2 - 60, :, 0]
+        assert ((row[1:] > 128) & (row[:-1] < 128)).sum() >= count
 
 
 def test_one_image_and_one_loss_are_enough(tmp_path):
@@ -267,6 +288,11 @@ def test_run_as_a_script_without_and_with_mnist(project):
     done = project.run_here("utils/visualize.py")
     assert done.returncode == 0, done.stderr
     assert "Images: MNIST" in done.stdout
+    for content in b"", b"<html>not found</html>":
+        file = project.folder / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte"
+        file.write_bytes(content)
+        done = project.run_here("utils/visualize.py")
+        assert done.returncode == 0 and "drawn digits" in done.stdout and "Trace" not in done.stderr
 
 
 def test_schedules_are_those_of_diffusers():

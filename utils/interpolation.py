@@ -1,25 +1,26 @@
-"""Ways from one noise (or latent) to another, and what a model makes of the places between.
+"""Interpolation between noise samples (or latents), and what a model generates in between.
 
     from utils.interpolation import *    # lerp, slerp, interpolate, grid, loop, transition_gif
     python utils/interpolation.py
 
-The functions know nothing of any model: they return tensors of noise, to be turned into images by
-whatever the reader has, such as `ddim.ddim_sample(x_T=noise, eta=0)` of 04.
+The functions know nothing about models: they return tensors of noise, which any deterministic
+sampler can turn into images, such as `ddim.ddim_sample(x_T=noise, eta=0)` of 04.
 
-Run as a program, the file needs no training and leaves `outputs/interpolation/why_slerp.png`: why
-the straight line between two noises, `lerp`, is the wrong way, and the arc, `slerp`, the right one.
-In D dimensions nearly all Gaussian noise has a norm close to √D, like points on a sphere. The
-straight line between two such points cuts through the inside: half-way its norm is only about
-√½ · √D, as two noises are almost perpendicular. No model has ever seen noise so weak. The arc stays
-on the sphere.
+Run as a program, this file needs no training and leaves `outputs/interpolation/why_slerp.png`. The
+figure shows why the straight line between two noise samples, `lerp`, fails, and why the arc,
+`slerp`, works. In D dimensions, nearly all Gaussian noise has a norm close to √D, like points on a
+sphere. The straight line between two such points cuts through the inside: halfway, its norm is only
+about √½ · √D, because two noise samples are almost perpendicular. A model never sees noise that
+weak in training. The arc stays on the sphere.
 
 White 2016, Sampling Generative Networks, arXiv:1609.04468, proposes slerp for this, and DDIM
-(arXiv:2010.02502, section 5.3 and Eq. 67) uses it. The formula is Shoemake 1985, Animating rotation
-with quaternion curves, SIGGRAPH, for vectors of length 1; here the length is blended separately.
+(arXiv:2010.02502, section 5.3 and Eq. 67) uses it. The formula is from Shoemake 1985, Animating
+rotation with quaternion curves, SIGGRAPH, for vectors of length 1; here we blend the length, too.
 """
 
 import math
 import sys
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -44,13 +45,13 @@ def lerp(z_a, z_b, weight):
 
 
 def slerp(z_a, z_b, weight):
-    """Return the point of the arc from z_a to z_b, item by item: the way between two noises.
+    """Return the point on the arc from z_a to z_b, item by item: interpolation for noise.
 
     z_a, z_b: float, of the same shape (B, ...); each item is one vector, however many axes it has.
-    weight: as for `lerp`. The direction turns at an even rate, and the norm goes evenly from that
-    of z_a to that of z_b. Vectors in almost the same direction have almost no arc: there it is
+    weight: as for `lerp`. The direction turns at a constant rate, and the norm changes linearly
+    from that of z_a to that of z_b. For vectors in almost the same direction, the result is that of
     lerp. Raises ValueError if the shapes differ, or if two vectors point in opposite directions:
-    between those there are many arcs, and none is the shortest.
+    many arcs join these, and none is the shortest.
     """
     weight = _checked_weight(z_a, z_b, weight).flatten(1).cpu()  # (B, 1) or (1, 1)
     # On the CPU in float64, which Apple's GPU does not have.
@@ -94,7 +95,7 @@ def interpolate(z_a, z_b, points, method="slerp"):
     """
     if method not in METHODS:
         raise ValueError(f"method = {method!r}: it must be 'slerp' or 'lerp'")
-    if not isinstance(points, int) or points < 2:
+    if not isinstance(points, Integral) or points < 2:
         raise ValueError(f"points = {points!r}: it must be a whole number of at least 2")
     return torch.stack([METHODS[method](z_a, z_b, i / (points - 1)) for i in range(points)])
 
@@ -114,10 +115,10 @@ def grid(corners, rows, columns, method="slerp"):
 
 
 def loop(stops, steps, method="slerp"):
-    """Return a closed way through all stops, (K, ...), and back to the first: (K · steps, ...).
+    """Return a closed path through all stops, (K, ...), and back to the first: (K · steps, ...).
 
-    A stop is one vector, such as a noise (C, H, W). Each is followed by steps − 1 points on the way
-    to the next. The last point is one step before the first, so an animation runs without a jump.
+    A stop is one vector, such as a noise sample (C, H, W). Each is followed by steps − 1 points on
+    the path to the next. The last point is one step before the first, so an animation never jumps.
     Raises ValueError for fewer than 2 stops, and as `interpolate` does.
     """
     if len(stops) < 2:

@@ -1,16 +1,16 @@
-"""Figures for the diffusion scripts, all in one look, and digits drawn without any download.
+"""Figures for the diffusion scripts, all in one style, and digits rendered without a download.
 
     python utils/visualize.py
 
-needs no training. It takes real MNIST digits where `data/` has them, drawn ones otherwise, and
-leaves two figures in `outputs/visualize/`: how noise takes over an image (`forward_process.png`),
-and how the linear noise schedule of DDPM differs from the cosine schedule of Improved DDPM
-(`schedules.png`).
+This command needs no training. It takes MNIST digits if `data/` has them, rendered ones otherwise,
+and leaves two figures in `outputs/visualize/`: how noise takes over an image
+(`forward_process.png`), and how the linear noise schedule of DDPM differs from the cosine schedule
+of Improved DDPM (`schedules.png`).
 
-Nothing here is needed to understand diffusion: the scripts hold the algorithms, this file draws.
+Nothing here is needed to understand diffusion: the algorithms are in the scripts, this file draws.
 Images are float tensors in [-1, 1] of shape (B, C, H, W), C = 1 or 3. Every figure is written to a
-temporary file and then renamed, so an interrupted run leaves the old picture whole; no display is
-needed; in a notebook the figures also appear below the cell.
+temporary file and then renamed, so an interrupted run leaves the old figure intact. No display is
+needed; in a notebook, the figures also appear below the cell.
 
 Papers
     DDPM           Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -22,6 +22,7 @@ import math
 import os
 import sys
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 
 import matplotlib
@@ -97,7 +98,7 @@ def draw_digits(n=20_000, seed=0):
     the shapes and ranges of torchvision's `MNIST.data` and `MNIST.targets`. The same seed gives the
     same digits. Raises ValueError if n is not a positive whole number.
     """
-    if not isinstance(n, int) or n < 1:
+    if not isinstance(n, Integral) or n < 1:
         raise ValueError(f"draw_digits: n = {n!r}, but it must be a whole number of at least 1")
     generator = torch.Generator().manual_seed(seed)
 
@@ -157,7 +158,6 @@ def _figure(width, height, title, note=""):
 @contextmanager
 def _atomically(path):
     """Give a temporary file to write to; it becomes `path` once the writing has gone well."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -168,11 +168,15 @@ def _atomically(path):
 
 
 def _save(fig, path):
-    """Write the figure atomically as PNG, show it if this is a notebook, and return its path."""
+    """Write the figure atomically, show it if this is a notebook, and return its path.
+
+    The path's suffix says in which format; without one it is PNG.
+    """
+    path = Path(path).expanduser()
     with _atomically(path) as partial:
-        fig.savefig(partial, format="png")
+        fig.savefig(partial, format=path.suffix[1:] or "png")
     _show_in_notebook(path)
-    return Path(path)
+    return path
 
 
 def _show_in_notebook(path):
@@ -215,6 +219,11 @@ def _show_tiles(ax, images, columns, column_names=(), row_names=(), gap=2):
     ax.spines[:].set_visible(False)
 
 
+def _inches(images):
+    """Return the side of an image in a figure, large enough to show each of its pixels."""
+    return max(0.75, images.shape[-1] / 100)
+
+
 # %% 3. The figures
 
 
@@ -223,7 +232,7 @@ def sample_grid(images, path, title="Samples", note="", columns=None):
     """Save images (B, C, H, W) in [-1, 1] as a grid, square unless `columns` says otherwise."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
-    width = max(4.5, 0.75 * columns)
+    width = max(4.5, _inches(images) * columns)
     fig = _figure(width, width * rows / columns + 0.6, title, note)
     _show_tiles(fig.subplots(), images, columns)
     return _save(fig, path)
@@ -254,15 +263,16 @@ def image_table(rows, path, column_names=(), title="", note=""):
     if len(lengths) != 1:
         raise ValueError(f"rows and column names differ in length: {sorted(lengths)}")
     columns, longest = lengths.pop(), max(map(len, rows))
-    fig = _figure(0.75 * columns + 0.6 + 0.1 * longest, 0.75 * len(rows) + 1.1, title, note)
     images = torch.cat([images.cpu() for images in rows.values()])
+    side = _inches(images)
+    fig = _figure(side * columns + 0.6 + 0.1 * longest, side * len(rows) + 1.1, title, note)
     _show_tiles(fig.subplots(), images, columns, column_names, list(rows))
     return _save(fig, path)
 
 
 @matplotlib.rc_context(STYLE)
 def denoising_strip(frames, path, title="From noise to image", note="", count=3, columns=11):
-    """Save the way from noise to image: x_t above, the network's guess of the image, x̂₀, below.
+    """Save how images emerge from noise: x_t above, the predicted image, x̂₀, below.
 
     frames: list of (t, x_t, x_0_pred) in sampling order, images (B, C, H, W) in [-1, 1]; t = -1
     stands for the finished images. Shows the first `count` images at `columns` stages.
@@ -275,7 +285,8 @@ def denoising_strip(frames, path, title="From noise to image", note="", count=3,
     for i in range(count):
         rows += [x_t[i] for _, x_t, _ in frames] + [x_0_pred[i] for _, _, x_0_pred in frames]
         row_names += ["$x_t$", r"$\hat{x}_0$"]
-    fig = _figure(0.85 * len(frames) + 0.6, 0.85 * 2 * count + 1.1, title, note)
+    side = max(0.85, _inches(rows[0]))
+    fig = _figure(side * len(frames) + 0.6, side * 2 * count + 1.1, title, note)
     _show_tiles(fig.subplots(), torch.stack(rows), len(frames), names, row_names)
     return _save(fig, path)
 
@@ -292,7 +303,7 @@ def denoising_gif(frames, path, note="", count=9, scale=2, stages=26, millisecon
         shown = frames[index][1][:count]
         tiles = _tile(shown, columns=math.ceil(math.sqrt(len(shown))), background=30)
         bar = np.full((3, tiles.shape[1], 3), 30, dtype=np.uint8)
-        # Grey, for with so few colours in the file a coloured bar would tint the images.
+        # Grey, because with so few colours in the file, a coloured bar would tint the images.
         bar[1:, : round(tiles.shape[1] * number / len(chosen))] = 160
         pictures.append(np.concatenate([tiles, bar]).repeat(scale, 0).repeat(scale, 1))
     durations = [milliseconds] * (len(pictures) - 1) + [2000]
@@ -321,10 +332,11 @@ def _save_gif(pictures, path, durations, note, colours):
         pen.text((3, frame.height - 13), note, (200, 200, 200), font)
         frames.append(frame.quantize(colours, dither=Image.Dither.NONE))
     options = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": durations}
+    path = Path(path).expanduser()
     with _atomically(path) as partial:
         frames[0].save(partial, "GIF", **options)
     _show_in_notebook(path)
-    return Path(path)
+    return path
 
 
 @matplotlib.rc_context(STYLE)
@@ -626,7 +638,7 @@ def _some_digits(data_dir):
 
         mnist = MNIST(data_dir, train=True, download=False)
         (images, labels), name = (mnist.data, mnist.targets), "MNIST"
-    except RuntimeError:  # what torchvision raises when the files are not there
+    except Exception:  # the files are not there, or damaged
         (images, labels), name = draw_digits(200, seed=0), "drawn digits"
     first = torch.stack([images[labels == digit][0] for digit in range(5)])
     return first[:, None].float() / 127.5 - 1, name
