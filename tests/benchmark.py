@@ -5,7 +5,7 @@
 
 runs each script as it is, unless it has a finished run of it, and prints the tables of the README
 in Markdown. It needs Linux or macOS, MNIST in `data/` or a network to download it, and on two cores
-without a GPU about three hours, most of them for the thousand steps of DDPM. Whatever is ready is
+without a GPU some four hours, of them one and a half for sampling. Whatever is ready is
 kept in `outputs/benchmark/`: stopped, it goes on there; with other weights or another script it
 starts anew. Of a run that was not started from here, or that went on from a checkpoint, the time is
 not known.
@@ -523,7 +523,8 @@ def why_noise_helps(judge, module, ddim, digest, steps=50):
                     x_t, _ = sampler.ddim_step(x_t, t, t_prev, eta(t))
             return x_t
 
-        samples = draw(f"04_{name}_noise_{where}".replace(" ", "_"), digest, sample)
+        file = f"04_{name}_noise_{where}".replace(">=", "from").replace("<", "below")
+        samples = draw(file.replace(" ", "_"), digest, sample)
         rows.append({"predictions of": name, "new noise": where, **in_words(judge.score(samples))})
     scores = in_words(judge.score(images[:COUNT]))
     rows.append({"predictions of": "", "new noise": "1,000 of its images", **scores})

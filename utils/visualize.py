@@ -462,19 +462,27 @@ def guidance_vectors(predictions, path, title="Guidance in the plane of two pred
 
 @matplotlib.rc_context(STYLE)
 def quality_by_steps(curves, reference, path, title="Quality against cost", note=""):
-    """Save how the Fréchet distance of samplers falls with the network evaluations for an image.
+    """Save how the Fréchet distance of samplers falls with the network evaluations per image.
 
-    curves: {name: {evaluations: distance}}; reference: (name, distance), drawn across.
+    curves: {"sampler, spacing": {evaluations: distance}}; a sampler has one colour, a spacing one
+    style. reference: (name, distance), drawn across.
     """
     fig = _figure(9.5, 5, title, note)
     ax = fig.subplots()
-    for i, (name, curve) in enumerate(curves.items()):
-        ax.plot(list(curve), list(curve.values()), "os^Dv"[i % 5] + "-", label=name)
+    colours, styles = {}, {}
+    for name, curve in curves.items():
+        sampler, _, spacing = name.rpartition(", ")
+        colour = colours.setdefault(sampler, (BLUE, ORANGE, "#009E73")[len(colours) % 3])
+        style = styles.setdefault(spacing, ("o-", "s--", "^:")[len(styles) % 3])
+        ax.plot(list(curve), list(curve.values()), style, color=colour, label=name)
     ax.axhline(reference[1], color=GREY, linestyle="--", label=reference[0])
     ticks = sorted({evaluations for curve in curves.values() for evaluations in curve})
     ax.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance")
     ax.set_xticks(ticks, ticks)
     ax.minorticks_off()
+    low, high = ax.get_ylim()
+    heights = [height for height in (1, 2, 5, 10, 20, 50, 100, 200) if low < height < high]
+    ax.set_yticks(heights, heights)
     ax.legend()
     return _save(fig, path)
 
