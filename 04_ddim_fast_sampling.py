@@ -484,9 +484,9 @@ class DDIM(DDPM):
 
         ddim_steps: 1 ... T. eta: 0 ... 1. With eta = 0, the same noise always gives the same image;
         eta = 1 with all T steps is `sample`. x_T: the starting noise, (B, C, H, W), such as that of
-        ddim_invert; n is then ignored. frames: as in `sample`. spacing: as in `timesteps`; with
-        eta = 0, "early" is better. Raises ValueError for steps and eta out of range. DDIM sections
-        4.1 and 4.2.
+        ddim_invert; n is then ignored. frames: as in `sample`. spacing: as in `timesteps`;
+        "early" is better with eta = 0, and with few steps. Raises ValueError for steps and eta out
+        of range. DDIM sections 4.1 and 4.2.
         """
         timesteps = self.timesteps(ddim_steps, spacing)
         eta = float(eta)  # NumPy's float32 would be too inexact
