@@ -12,6 +12,7 @@ from utils import visualize
 from utils.visualize import draw_digits
 
 SCRIPT = "04_ddim_fast_sampling.py"
+SOURCE = "a folder with spaces/my digits/"  # as load_dataset calls the folder in a Project
 FILES = [
     "checkpoint.pt",
     "denoising.gif",
@@ -50,7 +51,7 @@ def prepare(project, **constants):
     project.edit(SCRIPT, **{**SMALL, **constants})
 
 
-def train_02(path, dataset="my digits/", shape=(3, 8, 8), T=7, steps=2):
+def train_02(path, dataset=SOURCE, shape=(3, 8, 8), T=7, steps=2):
     """Leave a checkpoint of 02 whose network is not the one of SMALL; return its sampler."""
     two = load("02_ddpm.py")
     settings = two.check_settings({**vars(two), "DATA_DIR": "data", "OUT_DIR": path.parent})
@@ -145,18 +146,18 @@ def test_what_of_02_does_not_fit_is_left_alone(tmp_path, capsys, harm):
     script, path = load(SCRIPT), tmp_path / "checkpoint.pt"
     train_02(path)
     capsys.readouterr()
-    assert script.is_usable(path, "my digits/", (3, 8, 8)) and capsys.readouterr().out == ""
+    assert script.is_usable(path, SOURCE, (3, 8, 8)) and capsys.readouterr().out == ""
     if harm == "damage":
         path.write_bytes(path.read_bytes()[:-200])
     elif harm == "another program":
         torch.save({"of": "another program"}, path)
-    source = "MNIST" if harm == "another dataset" else "my digits/"
+    source = "MNIST" if harm == "another dataset" else SOURCE
     before = path.read_bytes()
     assert not script.is_usable(path, source, (3, 8, 8))
     out = capsys.readouterr().out
     assert out.startswith(f"Training from scratch, because {path} does not fit: ")
     assert out.count("\n") == 1, "one line"
-    assert harm != "another dataset" or "my digits/" in out
+    assert harm != "another dataset" or SOURCE in out
     assert path.read_bytes() == before
     path.unlink()
     assert not script.is_usable(path, source, (3, 8, 8)) and capsys.readouterr().out == ""
