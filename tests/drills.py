@@ -419,11 +419,11 @@ def test_the_benchmark_in_small(project):
     (project.folder / "tests").mkdir()
     for name in "benchmark.py", "ladder.py":
         shutil.copy(ROOT / "tests" / name, project.folder / "tests")
-    project.edit("tests/benchmark.py", COUNT=20, SCALES=(1, 3))
+    project.edit("tests/benchmark.py", COUNT=20, SCALES=(1, 2))
     done = project.run("tests/benchmark.py", timeout=1800)
     assert done.returncode == 0, done.stderr
     tables = [table.splitlines() for table in re.findall(r"(?m)(?:^\|.*\n)+", done.stdout)]
-    assert [len(table) - 2 for table in tables] == [3, 30, 7, 9, 6], "rows below the head"
+    assert [len(table) - 2 for table in tables] == [2, 27, 7, 9, 6], "rows below the head"
     for line in tables[-1][2:-1]:
         command, wall_time, memory, parameters, speed, *_ = line.strip("|").split(" | ")
         assert re.match(r"\d+ min \d+ s", wall_time) and re.fullmatch(r"[\d.]+ GB", memory), line
@@ -434,4 +434,9 @@ def test_the_benchmark_in_small(project):
     made = sorted(p.name for p in (project.folder / "outputs" / "benchmark").glob("*.png"))
     assert made == ["all_scripts.png", "guidance_trade_off.png", "samplers.png"]
     again = project.run("tests/benchmark.py", timeout=600)
-    assert again.stdout == done.stdout and "Running" not in again.stderr
+
+    def untimed(text):  # the seventh cell: seconds for 16 images
+        return re.sub(r"(?m)^(\| `python(?:[^|]*\|){6})[^|]*\|", r"\1", text)
+
+    assert untimed(again.stdout) == untimed(done.stdout) != done.stdout
+    assert "Running" not in again.stderr
