@@ -600,7 +600,8 @@ class LatentDiffusion:
                 frames.append((t, self.decode(z_t), self.decode(z_0_pred)))
             z_t = z_prev
         if frames is not None:
-            frames.append((-1, *[self.decode(z_t)] * 2))
+            images = self.decode(z_t)
+            frames.append((-1, images, images))
         return z_t
 
     @torch.no_grad()
@@ -955,14 +956,15 @@ def save_costs(ldm, settings, folder, note, sides=(32, 64, 128), batch=4):
     the side; latents have DOWNSAMPLE² times fewer positions.
     """
     lines, device, (channels, *_) = [], ldm.device, settings["IMAGE_SHAPE"]
-    steps, width = min(10, ldm.T), (settings["BASE_CH"], (1, 2), settings["NUM_BLOCKS"], (), 0.0)
+    network = settings["BASE_CH"], (1, 2), settings["NUM_BLOCKS"], (), 0.0
+    steps = min(10, ldm.T)
     for side in sides:
         x = torch.rand(batch, channels, side, side, device=device) * 2 - 1
         vae = VAE(x.shape[1:], *[settings[name] for name in AUTOENCODER[1:]])
         vae.to(device, memory_format=best_layout(device))
         costs = []
         for shape, decode in (x.shape[1:], lambda z: z), (vae.latent_shape, vae.decode):
-            model = UNet(shape, *width, ldm.model.precision)
+            model = UNet(shape, *network, ldm.model.precision)
             model.to(device, memory_format=best_layout(device))
             other = LatentDiffusion(model, vae, 1.0, ldm.betas, shape, device)
             other.decode = decode
