@@ -430,21 +430,21 @@ class DDIM(DDPM):
     some of these skip most of the steps (section 4.2). It takes the same arguments as DDPM.
     """
 
-    def timesteps(self, steps, spacing="even"):
+    def timesteps(self, steps, spacing):
         """Return steps + 1 timesteps from T - 1 down to -1, the clean image.
 
-        spacing: "even" makes all steps equally long: 50 of 1000 are 999, 979, ... 39, 19, -1.
-        "late", like DDIM D.2's quadratic spacing, makes steps near the image short, "early" those
-        near the noise. From about √(2T) steps on, 45 of 1000, "late" and "early" return fewer than
-        requested, because the shortest would fall on the same t.
-        Raises ValueError unless steps is a whole number, 1 ... T.
+        spacing: "even" makes all steps equally long: 50 of 1000 are 999, 979 ... 39, 19, -1.
+        "early" makes the first ones short, those near the noise: 999, 998, 995 ... 75, 38, -1.
+        There, the signal-to-noise ratio changes fastest: of 10 even steps, the first would cover
+        more than half of the range of its logarithm. "late", like DDIM D.2's quadratic spacing,
+        makes the last ones short. Raises ValueError unless steps is a whole number, 1 ... T.
         """
         if steps not in range(1, self.T + 1):
             raise ValueError(f"{steps!r} steps: it must be a whole number, 1 to T = {self.T}")
-        shares = [i / steps for i in range(steps, -1, -1)]  # 1 ... 0, of the way
-        curve = {"even": lambda u: u, "late": lambda u: u**2, "early": lambda u: 1 - (1 - u) ** 2}
-        timesteps = {round(self.T * curve[spacing](share)) - 1 for share in shares}
-        return sorted(timesteps, reverse=True)
+        curves = {"early": lambda u: 1 - (1 - u) ** 2, "late": lambda u: u**2, "even": lambda u: u}
+        # Each step is at least 1 long; the curve distributes the rest of T over the steps.
+        rest, curve = self.T - steps, curves[spacing]
+        return [i + round(rest * curve(i / steps)) - 1 for i in range(steps, -1, -1)]
 
     def predict(self, x_t, t):
         """As in DDPM, but clamped: return x_0_pred and noise_pred, (B, C, H, W) each."""
@@ -479,14 +479,14 @@ class DDIM(DDPM):
         return x_prev, x_0_pred
 
     @torch.no_grad()
-    def ddim_sample(self, n=16, ddim_steps=50, eta=1.0, x_T=None, frames=None, spacing="even"):
+    def ddim_sample(self, n=16, ddim_steps=50, eta=1.0, x_T=None, frames=None, spacing="early"):
         """Generate n images (n, C, H, W) in [-1, 1] with ddim_steps network evaluations.
 
         ddim_steps: 1 ... T. eta: 0 ... 1. With eta = 0, the same noise always gives the same image;
         eta = 1 with all T steps is `sample`. x_T: the starting noise, (B, C, H, W), such as that of
-        ddim_invert; n is then ignored. frames: as in `sample`. spacing: as in `timesteps`;
-        "early" is better with eta = 0, and with few steps. Raises ValueError for steps and eta out
-        of range. DDIM sections 4.1 and 4.2.
+        ddim_invert (with spacing="even", as there); n is then ignored. frames: as in `sample`.
+        spacing: as in `timesteps`. Raises ValueError for steps and eta out of range. DDIM sections
+        4.1 and 4.2.
         """
         timesteps = self.timesteps(ddim_steps, spacing)
         eta = float(eta)  # NumPy's float32 would be too inexact
@@ -513,7 +513,7 @@ class DDIM(DDPM):
         In inversion, that point is where the step ends and is not yet known, so we evaluate the
         network at the point that we have. This causes an error, which shrinks with the step length.
         """
-        x_t, timesteps = x_0, self.timesteps(ddim_steps)[::-1]  # -1 ... T - 1
+        x_t, timesteps = x_0, self.timesteps(ddim_steps, "even")[::-1]  # -1 ... T - 1
         bar = tqdm(timesteps[:-1], "Inverting", unit=" steps", leave=False)
         for t, t_next in zip(bar, timesteps[1:]):
             # In the first step, x_0 is known; only the noise is predicted, at t = 0 instead of -1.
@@ -810,19 +810,18 @@ def save_fast_preview(ddim, trainer, ddim_steps, eta, folder, note):
 
 
 def generate(ddim, x_T, ddim_steps, size):
-    """NEW in 04. Return the images of noise x_T (B, C, H, W), η = 0, at most `size` at once."""
-    parts = x_T.split(size)
-    return torch.cat([ddim.ddim_sample(x_T=part, ddim_steps=ddim_steps, eta=0) for part in parts])
+    """NEW in 04. Return images of noise x_T (B, C, H, W): η = 0, even steps, `size` at once."""
+    sample = partial(ddim.ddim_sample, ddim_steps=ddim_steps, eta=0, spacing="even")
+    return torch.cat([sample(x_T=part) for part in x_T.split(size)])
 
 
 def compare_samplers(ddim, seed, size, count):
     """NEW in 04. Return {(sampler, network evaluations): (seconds, count images)}, DDPM first."""
     samplers = {("DDPM", ddim.T): ddim.sample}
-    deterministic = partial(ddim.ddim_sample, eta=0, spacing="early")
     for name, sampler, all_steps in (
         ("DDIM, η = 1", ddim.ddim_sample, (10, 20, 50, 100)),
-        ("DDIM, η = 0, early", deterministic, (10, 20, 40)),
-        ("DPM-Solver++(2M), early", ddim.dpm_solver_sample, (10, 20)),
+        ("DDIM, η = 0", partial(ddim.ddim_sample, eta=0), (10, 20, 50)),
+        ("DPM-Solver++(2M)", ddim.dpm_solver_sample, (10, 20)),
     ):
         for steps in [n for n in all_steps if n <= ddim.T] or [1]:
             samplers[name, steps] = lambda n, f=sampler, steps=steps, frames=None: f(n, steps)

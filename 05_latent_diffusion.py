@@ -592,7 +592,8 @@ class LatentDiffusion:
         eta = float(eta)  # NumPy's float32 would be too inexact
         if not 0 <= eta <= 1:
             raise ValueError(f"eta = {eta!r}: it must be a number, 0 to 1")
-        timesteps = [round((t + 1) * i / ddim_steps) - 1 for i in range(ddim_steps, -1, -1)]
+        steps, rest = range(ddim_steps, -1, -1), t + 1 - ddim_steps  # "early", as in 04
+        timesteps = [i + round(rest * (1 - (1 - i / ddim_steps) ** 2)) - 1 for i in steps]
         bar = tqdm(timesteps[:-1], "DDIM", unit=" steps", leave=False)
         for i, (t, t_prev) in enumerate(zip(bar, timesteps[1:])):
             z_prev, z_0_pred = self.ddim_step(z_t, t, t_prev, eta)

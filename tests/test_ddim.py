@@ -66,8 +66,9 @@ def exact(ddim, x_T):
 
 def test_fifty_of_a_thousand_are_those_of_the_docstring():
     ddim, _ = make(oracle)
-    assert ddim.timesteps(50) == [*range(999, 0, -20), -1]
-    assert ddim.timesteps(1) == [999, -1] and ddim.timesteps(1000) == [*range(999, -2, -1)]
+    assert ddim.timesteps(50, "even") == [*range(999, 0, -20), -1]
+    early = ddim.timesteps(50, "early")
+    assert early[:3] == [999, 998, 995] and early[-3:] == [75, 38, -1] and len(early) == 51
 
 
 @pytest.mark.parametrize("steps", [10, 50, 300, 999, 1000])
@@ -75,32 +76,31 @@ def test_timesteps_are_those_of_diffusers(steps):
     ddim, _ = make(oracle)
     scheduler = DDIMScheduler(num_train_timesteps=1000, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
-    assert ddim.timesteps(steps)[:-1] == scheduler.timesteps.tolist()
+    assert ddim.timesteps(steps, "even")[:-1] == scheduler.timesteps.tolist()
 
 
 @pytest.mark.parametrize("T", [1, 2, 7, 100, 1000])
-def test_any_number_of_steps_falls_strictly_from_the_last_to_the_clean_image(T):
+@pytest.mark.parametrize("spacing", ["even", "early", "late"])
+def test_any_number_of_steps_falls_strictly_from_the_last_to_the_clean_image(T, spacing):
     ddim, _ = make(oracle, T, script.linear_beta_schedule)
     for steps in range(1, T + 1):
-        timesteps = ddim.timesteps(steps)
+        timesteps = ddim.timesteps(steps, spacing)
         assert len(timesteps) == steps + 1 and timesteps[0] == T - 1 and timesteps[-1] == -1
         gaps = [a - b for a, b in itertools.pairwise(timesteps)]
-        assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+        gaps = gaps[::-1] if spacing == "late" else gaps
+        assert min(gaps) >= 1, "no step twice"
+        # The lengths are equal or grow (up to rounding), except in the last case: all steps.
+        assert all(b - a >= -1 for a, b in itertools.pairwise(gaps))
+        assert max(gaps) - min(gaps) <= 1 if spacing == "even" else gaps[-1] >= gaps[0]
+    assert ddim.timesteps(T, spacing) == [*range(T - 1, -2, -1)]
 
 
 def test_early_and_late_spacing_are_mirror_images_with_short_steps_at_one_end():
     ddim, _ = make(oracle)
     late, early = (ddim.timesteps(10, spacing) for spacing in ("late", "early"))
-    assert late == [round(1000 * (i / 10) ** 2) - 1 for i in range(10, -1, -1)]
+    assert late == [i + round(990 * (i / 10) ** 2) - 1 for i in range(10, -1, -1)]
     assert early == [998 - t for t in reversed(late)]
-    assert early[0] == late[0] == 999 and early[-1] == late[-1] == -1
-    assert early[:3] == [999, 989, 959] and late[-3:] == [39, 9, -1]
-    for spacing in "even", "early", "late":
-        for steps in 1, 2, 7, 50, 999, 1000:
-            timesteps = ddim.timesteps(steps, spacing)
-            assert timesteps[0] == 999 and timesteps[-1] == -1 and len(timesteps) <= steps + 1
-            assert len(timesteps) == steps + 1 or (spacing != "even" and steps > 44)
-            assert timesteps == sorted(set(timesteps), reverse=True)
+    assert early[:3] == [999, 988, 957] and late[-3:] == [41, 10, -1]
     with pytest.raises(KeyError):
         ddim.timesteps(10, "odd")
     ddim.ddim_sample(2, 10, spacing="late")
@@ -157,7 +157,7 @@ def test_ddim_step_is_that_of_diffusers(function, schedule, eta):
     scheduler.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # theirs has float32's digits
     for steps in 1, 10, 50, 1000:
         scheduler.set_timesteps(steps)
-        timesteps = ddim.timesteps(steps)
+        timesteps = ddim.timesteps(steps, "even")
         for i in sorted({0, 1 % steps, steps // 2, steps - 1}):
             t, t_prev = timesteps[i], timesteps[i + 1]
             x_t = torch.randn(3, 1, 4, 4, dtype=torch.float64)
@@ -252,7 +252,7 @@ def test_ddim_error_falls_like_one_over_steps(schedule):
     x_T = torch.randn(6, 1, 4, 4, dtype=torch.float64)
 
     def sample(steps):
-        return ddim.ddim_sample(6, steps, 0.0, x_T)
+        return ddim.ddim_sample(6, steps, 0.0, x_T, spacing="even")
 
     error = errors(sample, ddim, (5, 20, 100, 300, 999, 1000), x_T)
     assert error[5] > 2 * error[20] and error[20] > 3.5 * error[100] and error[100] < 0.05
@@ -265,7 +265,11 @@ def test_dpm_solver_error_falls_faster():
     ddim, _ = make(oracle)
     x_T = torch.randn(6, 1, 4, 4, dtype=torch.float64)
     counts = 10, 20, 40, 80
-    first = errors(lambda s: ddim.ddim_sample(6, s, 0.0, x_T), ddim, counts, x_T)
+
+    def ddim_sample(steps):
+        return ddim.ddim_sample(6, steps, 0.0, x_T, spacing="even")
+
+    first = errors(ddim_sample, ddim, counts, x_T)
     second = errors(lambda s: ddim.dpm_solver_sample(6, s, x_T, "even"), ddim, counts, x_T)
     assert all(second[s] < first[s] for s in counts)
     assert second[80] < 0.1 * second[20], "second order: a quarter for twice the steps"
@@ -320,23 +324,19 @@ def test_calls_and_shapes_and_frames():
     frames = []
     images = ddim.ddim_sample(n=5, ddim_steps=120, frames=frames)
     assert images.shape == (5, 3, 4, 6) and len(ddim.model.calls) == 120
-    assert ddim.model.calls == ddim.timesteps(120)[:-1]
-    assert [t for t, _, _ in frames] == [*ddim.timesteps(120)[:-1:3], -1]
+    assert ddim.model.calls == ddim.timesteps(120, "early")[:-1]
+    assert [t for t, _, _ in frames] == [*ddim.timesteps(120, "early")[:-1:3], -1]
     assert torch.equal(frames[-1][1], images)
     ddim.model.calls.clear()
     assert ddim.dpm_solver_sample(n=2, steps=15).shape == (2, 3, 4, 6)
-    assert len(ddim.model.calls) == 15
+    assert ddim.model.calls == ddim.timesteps(15, "early")[:-1]
     ddim.model.calls.clear()
     ddim.dpm_solver_sample(n=2, steps=50, spacing="even")
-    assert ddim.model.calls == ddim.timesteps(50)[:-1]
-    ddim.model.calls.clear()
-    ddim.dpm_solver_sample(n=2, steps=200)  # the shortest steps fall together
-    calls = ddim.model.calls
-    assert calls[0] == 999 and calls == sorted(set(calls), reverse=True) and 150 < len(calls) < 200
+    assert ddim.model.calls == ddim.timesteps(50, "even")[:-1]
     assert ddim.sample(n=1).shape == (1, 3, 4, 6)
     assert ddim.ddim_sample().shape == (16, 3, 4, 6)
-    # Unless told otherwise, 50 even steps with η = 1, which keep the quality of all steps.
-    assert ddim.model.calls[-50:] == ddim.timesteps(50)[:-1]
+    # Unless told otherwise, 50 early steps with η = 1, which keep the quality of all steps.
+    assert ddim.model.calls[-50:] == ddim.timesteps(50, "early")[:-1]
     x_T = torch.randn(2, 3, 4, 6)
     assert not torch.equal(ddim.ddim_sample(x_T=x_T), ddim.ddim_sample(x_T=x_T))
 
@@ -371,7 +371,8 @@ def test_invert_then_sample_comes_back_the_better_the_more_steps():
     error = {}
     for steps in 5, 20, 100, 300, 1000:
         x_T = ddim.ddim_invert(x_0, steps)
-        error[steps] = (ddim.ddim_sample(6, steps, 0.0, x_T) - x_0).abs().mean().item()
+        back = ddim.ddim_sample(6, steps, 0.0, x_T, spacing="even")
+        error[steps] = (back - x_0).abs().mean().item()
     assert error[5] > 2 * error[20] > 4 * error[100] and error[100] < 0.02
     assert error[300] < error[100] and error[1000] < 0.003
     # and the noise is the one that the differential equation gives

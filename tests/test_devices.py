@@ -163,6 +163,7 @@ def test_precision_and_layout_are_those_that_work_there(monkeypatch, path):
 
 @pytest.mark.parametrize("path", scripts()[1:], ids=lambda p: p.name)
 def test_a_gpu_gets_larger_settings_and_they_pass_the_checks(monkeypatch, tmp_path, path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # also where there is one
     small = load(path.name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     large = load(path.name)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import types
 
 import numpy as np
 import pytest
@@ -276,7 +277,7 @@ def test_loss_of_the_oracle_is_the_unavoidable_one():
 
 
 def test_from_a_noisy_latent_on():
-    """The first step is that of t, and the last one ends at the clean latent."""
+    """The steps are 04's early ones; the first is that of t, the last ends at the clean latent."""
     asked = []
 
     def function(z_t, t):
@@ -288,7 +289,12 @@ def test_from_a_noisy_latent_on():
     t = torch.full((2,), 300)
     z_t = script.q_sample(z_0, t, torch.randn_like(z_0), ldm.alphas_cumprod)
     ldm.denoise(z_t, 300, np.int64(7), np.float32(1))
-    assert len(asked) == 7 and asked[0] == 300 and asked[-1] == 42
+    assert asked == [300, 293, 274, 243, 200, 145, 78]
+    of_04 = load("04_ddim_fast_sampling.py").DDIM
+    assert [*asked, -1] == of_04.timesteps(types.SimpleNamespace(T=301), 7, "early")
+    asked.clear()
+    ldm.denoise(z_t, 300, 301)
+    assert asked == [*range(300, -1, -1)]
     for eta in -0.1, 2, float("nan"):
         with pytest.raises(ValueError, match="eta = "):
             ldm.sample(2, eta=eta)
@@ -306,7 +312,7 @@ def test_frames_are_images():
     ldm = make(lambda z_t, t: z_t, vae=make_vae(), scale=0.5)
     frames = []
     images = ldm.sample(3, 5, frames=frames)
-    assert [t for t, _, _ in frames] == [999, 799, 599, 399, 199, -1]
+    assert [t for t, _, _ in frames] == [999, 958, 838, 638, 358, -1]
     assert all(x.shape == y.shape == (3, 1, 28, 28) for _, x, y in frames)
     assert torch.equal(frames[-1][1], images)
 
