@@ -74,7 +74,7 @@ GUIDANCE_SCALE = 2.0  # NEW in 03: how strongly labels act; 0: ignored, 1: no gu
 SAMPLE_STEPS = 50  # NEW in 03: steps of sampling in the figures, 1 ... T; few are enough: see 04
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
 PREVIEW_EVERY = 5  # minutes between grids of samples
-COMPILE = False  # True: use torch.compile; slow to start, then faster
+COMPILE = False  # True: use torch.compile; slow to start, perhaps faster then
 SEED = 0  # the same seed on the same CPU gives the same digits
 DATA_DIR = "data"  # datasets are looked for and downloaded here
 OUT_DIR = "outputs/03_conditional_ddpm"  # results are saved here
@@ -535,9 +535,9 @@ class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon scales
-    all of them to about the same size. A step takes about 10 % longer than with Adam, but after the
-    same training time the Fréchet distance of 02 is two thirds smaller (see the README). weights:
-    parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
+    all of them to about the same size. On a CPU, a step takes about 10 % longer than with Adam, but
+    after the same training time the Fréchet distance of 02 is two thirds smaller (see the README).
+    weights: parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
     kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
     in bfloat16, which is slow on many CPUs.)
     """

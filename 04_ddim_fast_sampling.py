@@ -4,9 +4,9 @@
     torchrun --standalone --nproc_per_node=4 04_ddim_fast_sampling.py     # on 4 GPUs of one machine
 
 DDPM evaluates the network once for each of its 1000 steps. But training never asked for 1000 steps:
-it only fixed how much noise an image has at step t. So DDIM takes long steps, such as t = 999, 979,
-959 ... A number η sets how much new noise each step adds: with η = 1, as much as a DDPM with these
-steps; with η = 0, none.
+it only fixed how much noise an image has at step t. So DDIM takes fewer steps, most of them longer:
+of 50, the first leads from t = 999 to 998, the last from t = 38 to the image. A number η sets how
+much new noise each step adds: with η = 1, as much as a DDPM with these steps; with η = 0, none.
 With η = 0, only the starting noise is random. So the same noise always gives the same image, the
 noise that leads to a real image can be found approximately, and interpolating between two noise
 samples gives images in between.
@@ -88,7 +88,7 @@ DDIM_STEPS = 50  # NEW in 04: network evaluations per image, 1 ... T; try 10
 ETA = 1.0  # NEW in 04: new noise in each step; 1: as much as a DDPM with these steps, 0: none
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
 PREVIEW_EVERY = 5  # minutes between grids of samples
-COMPILE = False  # True: use torch.compile; slow to start, then faster
+COMPILE = False  # True: use torch.compile; slow to start, perhaps faster then
 SEED = 0  # the same seed on the same CPU gives the same digits
 DATA_DIR = "data"  # datasets are looked for and downloaded here
 OUT_DIR = "outputs/04_ddim_fast_sampling"  # results are saved here
@@ -434,10 +434,11 @@ class DDIM(DDPM):
         """Return steps + 1 timesteps from T - 1 down to -1, the clean image.
 
         spacing: "even" makes all steps equally long: 50 of 1000 are 999, 979 ... 39, 19, -1.
-        "early" makes the first ones short, those near the noise: 999, 998, 995 ... 75, 38, -1.
-        There, the signal-to-noise ratio changes fastest: of 10 even steps, the first would cover
-        more than half of the range of its logarithm. "late", like DDIM D.2's quadratic spacing,
-        makes the last ones short. Raises ValueError unless steps is a whole number, 1 ... T.
+        "early" makes the first ones short, those near the noise: 999, 998, 995 ... 75, 38, -1. With
+        the cosine schedule, the log of the signal-to-noise ratio changes fastest there: of 10 even
+        steps, the first would cover more than half of its range from t = T - 1 to 0. "late", like
+        DDIM D.2's quadratic spacing, makes the last ones short.
+        Raises ValueError unless steps is a whole number, 1 ... T.
         """
         if steps not in range(1, self.T + 1):
             raise ValueError(f"{steps!r} steps: it must be a whole number, 1 to T = {self.T}")
@@ -468,10 +469,10 @@ class DDIM(DDPM):
         # η = 0 renews nothing, so only the starting noise is random. As the steps get shorter, x_t
         # then approaches a smooth curve that its start determines, the solution of an ordinary
         # differential equation (DDIM Eq. 14, there for x_t/√ᾱ_t).
-        # With perfect predictions and short steps, the images are equally good for any η. But the
-        # predictions are poorest where the noise is strong. η = 0 carries such errors on to the
-        # end; new noise covers them, and later steps, which see more of the image, can correct them
-        # (Karras et al. 2022, arXiv:2206.00364, section 4). The README measures both.
+        # With perfect predictions and short steps, the images are equally good for any η. But a
+        # network makes errors. η = 0 carries them on to the end; new noise covers them, and later
+        # steps, which see more of the image, can correct them (Karras et al. 2022,
+        # arXiv:2206.00364, section 4). The README measures both.
         x_prev = math.sqrt(alpha_bar_prev) * x_0_pred
         x_prev = x_prev + math.sqrt(1 - alpha_bar_prev - sigma_t**2) * noise_pred
         if sigma_t > 0:
@@ -484,7 +485,7 @@ class DDIM(DDPM):
 
         ddim_steps: 1 ... T. eta: 0 ... 1. With eta = 0, the same noise always gives the same image;
         eta = 1 with all T steps is `sample`. x_T: the starting noise, (B, C, H, W), such as that of
-        ddim_invert (with spacing="even", as there); n is then ignored. frames: as in `sample`.
+        ddim_invert (then with spacing="even"); n is then ignored. frames: as in `sample`.
         spacing: as in `timesteps`. Raises ValueError for steps and eta out of range. DDIM sections
         4.1 and 4.2.
         """
@@ -507,8 +508,9 @@ class DDIM(DDPM):
     def ddim_invert(self, x_0, ddim_steps=50):
         """Return, approximately, the noise x_T that ddim_sample with eta = 0 turns into x_0.
 
-        x_0: (B, C, H, W) in [-1, 1]. ddim_steps: 1 ... T, as many as sampling will take, evenly
-        spaced; raises ValueError for others. The differential equation behind η = 0 holds in both
+        x_0: (B, C, H, W) in [-1, 1]. ddim_steps: 1 ... T; raises ValueError for others. To come
+        back to x_0, sample with as many steps, eta=0 and spacing="even", as here: "early" would
+        begin the way up with its longest step. The differential equation behind η = 0 holds in both
         directions (section 4.3). Sampling evaluates the network at the point where a step starts.
         In inversion, that point is where the step ends and is not yet known, so we evaluate the
         network at the point that we have. This causes an error, which shrinks with the step length.
@@ -621,9 +623,9 @@ class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon scales
-    all of them to about the same size. A step takes about 10 % longer than with Adam, but after the
-    same training time the Fréchet distance of 02 is two thirds smaller (see the README). weights:
-    parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
+    all of them to about the same size. On a CPU, a step takes about 10 % longer than with Adam, but
+    after the same training time the Fréchet distance of 02 is two thirds smaller (see the README).
+    weights: parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
     kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
     in bfloat16, which is slow on many CPUs.)
     """
@@ -810,7 +812,7 @@ def save_fast_preview(ddim, trainer, ddim_steps, eta, folder, note):
 
 
 def generate(ddim, x_T, ddim_steps, size):
-    """NEW in 04. Return images of noise x_T (B, C, H, W): η = 0, even steps, `size` at once."""
+    """NEW in 04. Return images of noise x_T (B, C, H, W), η = 0, with the steps of ddim_invert."""
     sample = partial(ddim.ddim_sample, ddim_steps=ddim_steps, eta=0, spacing="even")
     return torch.cat([sample(x_T=part) for part in x_T.split(size)])
 

@@ -99,7 +99,7 @@ EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 
 DDIM_STEPS = 50  # evaluations of the U-Net per image, 1 ... T
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
 PREVIEW_EVERY = 5  # minutes between grids of samples
-COMPILE = False  # True: use torch.compile; slow to start, then faster
+COMPILE = False  # True: use torch.compile; slow to start, perhaps faster then
 SEED = 0  # the same seed on the same CPU gives the same digits
 DATA_DIR = "data"  # datasets are looked for and downloaded here
 OUT_DIR = "outputs/05_latent_diffusion"  # results are saved here
@@ -592,7 +592,7 @@ class LatentDiffusion:
         eta = float(eta)  # NumPy's float32 would be too inexact
         if not 0 <= eta <= 1:
             raise ValueError(f"eta = {eta!r}: it must be a number, 0 to 1")
-        steps, rest = range(ddim_steps, -1, -1), t + 1 - ddim_steps  # "early", as in 04
+        steps, rest = range(ddim_steps, -1, -1), t + 1 - ddim_steps  # 04's "early"
         timesteps = [i + round(rest * (1 - (1 - i / ddim_steps) ** 2)) - 1 for i in steps]
         bar = tqdm(timesteps[:-1], "DDIM", unit=" steps", leave=False)
         for i, (t, t_prev) in enumerate(zip(bar, timesteps[1:])):
@@ -690,9 +690,9 @@ class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon scales
-    all of them to about the same size. A step takes about 10 % longer than with Adam, but after the
-    same training time the Fréchet distance of 02 is two thirds smaller (see the README). weights:
-    parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
+    all of them to about the same size. On a CPU, a step takes about 10 % longer than with Adam, but
+    after the same training time the Fréchet distance of 02 is two thirds smaller (see the README).
+    weights: parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
     kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
     in bfloat16, which is slow on many CPUs.)
     """

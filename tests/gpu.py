@@ -325,6 +325,23 @@ def time_steps(step, warm_up, count):
     return (now() - started) / count
 
 
+def time_in_kernels(step):
+    """Return how many ms the GPU is busy in step(), and with how many kernels; None on a CPU.
+
+    If that is much less than the step takes, the GPU waits for Python to start the next kernel.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None, None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        wait_for_gpu()
+    kernels = profile.key_averages()
+    busy = sum(kernel.self_device_time_total for kernel in kernels) / 1000
+    return busy, sum(kernel.count for kernel in kernels)
+
+
 def constants_of(path):
     return re.findall(r"(?m)^([A-Z][A-Z_0-9]*) = ", path.read_text(encoding="utf-8"))
 
@@ -839,8 +856,10 @@ def time_training_step(name, width, module, peak, row, options):
     del trainer
     free_memory()
     seconds = time_steps(step, *steps_for(options, 10, 40))
+    busy, kernels = time_in_kernels(step)
     row |= {"million weights": sum(weight.numel() for weight in net.parameters()) / 1e6}
     row |= {"ms": 1000 * seconds, "images/s": batch / seconds}
+    row |= {"ms in kernels": busy, "kernels": kernels}
     row |= {"TFLOP/s": flops / seconds / 1e12, "share of peak": flops / seconds / peak}
     row["peak memory, GB"] = peak_memory()
 

@@ -98,7 +98,7 @@ def test_from_start_to_pictures_and_again(project):
     rows, calls = calls_and_speeds(done)
     assert calls == [10, 10, 10, 10]
     assert all(float(row[-3]) > 0 for row in rows) and float(rows[0][-2]) == 1.0
-    assert "DDPM" in rows[0] and "DPM-Solver++(2M)," in rows[-1]
+    assert "DDPM" in rows[0] and "DPM-Solver++(2M)" in rows[-1]
 
 
 def test_other_steps_need_no_other_training(project, figures):
