@@ -772,21 +772,20 @@ def their_unet(width, module, settings, device):
     return net, model
 
 
-def plain_step(sampler, net, x_0):
+def plain_step(sampler, net, x_0, module):
     """Return a training step as that of the Trainer, with Adam alone, on any network."""
     import torch
 
     weights = list(net.parameters())
     optimizer = torch.optim.Adam(weights, 2e-4, betas=(0.9, 0.99), fused=True)
-    average = [weight.detach().clone() for weight in weights]
+    averaged = copy.deepcopy(net).eval().requires_grad_(False)
 
     def step():
         optimizer.zero_grad()
         sampler.loss(x_0).backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(average, weights, 0.001)
+        module.update_average(averaged, net, 1, 0.999)
 
     return step
 
@@ -850,7 +849,7 @@ def time_training_step(name, width, module, peak, row, options):
     flops = operations(lambda: sampler.loss(x_0))
     net.zero_grad()
     if "Adam" in name:
-        step = plain_step(sampler, net, x_0)
+        step = plain_step(sampler, net, x_0, module)
     if "compiled" in name:
         compile_model(net, options)
     del trainer
