@@ -1,7 +1,7 @@
 """Everything that only a GPU can show, in nine minutes: one command, one table, the pictures.
 
     python tests/gpu.py                  # all steps; or some, e.g. `python tests/gpu.py 4 5`
-    python tests/gpu.py --rehearse       # the same in miniature on a CPU, in half a minute
+    python tests/gpu.py --rehearse       # the same in miniature on a CPU, in about a minute
 
 It needs one NVIDIA GPU, the packages of requirements.txt, and MNIST and CIFAR-10 in `data/` or a
 network to download them. diffusers, pytest and a folder of images (`--images`, for step 6) are
@@ -21,8 +21,8 @@ pictures, and in `log/` what was printed. A step that fails or takes too long is
 and does not stop the others. Steps that are measured again replace the old results.
 
 Each job is a process of its own with a time limit; time that one leaves over, the next ones may
-use. Only steps 4, 5 and 128 pixels have the GPU to themselves; the speeds of the others are those
-beside other jobs.
+use. Only the timings of steps 4 and 5 and of 128 pixels have the GPU to themselves; other speeds,
+and the seconds that compiling takes, are those beside other jobs.
 """
 
 import argparse

@@ -89,7 +89,7 @@ def test_any_number_of_steps_falls_strictly_from_the_last_to_the_clean_image(T, 
         gaps = [a - b for a, b in itertools.pairwise(timesteps)]
         gaps = gaps[::-1] if spacing == "late" else gaps
         assert min(gaps) >= 1, "no step twice"
-        # The lengths are equal or grow (up to rounding), except in the last case: all steps.
+        # The lengths are equal or grow, up to rounding.
         assert all(b - a >= -1 for a, b in itertools.pairwise(gaps))
         assert max(gaps) - min(gaps) <= 1 if spacing == "even" else gaps[-1] >= gaps[0]
     assert ddim.timesteps(T, spacing) == [*range(T - 1, -2, -1)]
