@@ -18,7 +18,8 @@ their extrapolation as arrows (`guidance_vectors.png`), one label blended into a
 explains why that works. After `python -i 03_conditional_ddpm.py`, or `ddpm = load(path)`:
 `ddpm.sample(n=4, labels=7, steps=50)`, or `ddpm.sample(2, ["3", "8"], guidance_scale=5)`.
 
-How to read it: sections 3 to 5 are diffusion. Skim the rest.
+How to read it: `ConditionalUNet` in section 4, `GuidedDDPM` and `to_labels` in section 5, and the
+figures. The rest is 02, to the last character.
 
 DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
 Improved DDPM = Nichol & Dhariwal 2021, arXiv:2102.09672
@@ -35,11 +36,11 @@ guidance_scale    s = 1 + w                       0: label ignored, 1: no guidan
 # %% 1. Settings: edit and run again
 
 import copy
-import io
 import math
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from time import monotonic as now
 
@@ -80,7 +81,7 @@ DATA_DIR = "data"  # datasets are looked for and downloaded here
 OUT_DIR = "outputs/03_conditional_ddpm"  # results are saved here
 
 
-# %% 2. Data
+# %% 2. Data and device
 
 
 def read_image(file, size):
@@ -140,6 +141,41 @@ def load_dataset(name, folder, size):
     return images, labels, [c.split(" - ")[0] for c in data.classes], name  # MNIST: "0 - zero"
 
 
+def to_batch(images, flip=False):
+    """Turn images, uint8 0 ... 255, into float -1 ... 1; with flip, mirror about half of them."""
+    x_0 = images.float() / 127.5 - 1
+    if flip:
+        mirrored = torch.rand(len(x_0), 1, 1, 1, device=x_0.device) < 0.5
+        x_0 = torch.where(mirrored, x_0.flip(3), x_0)
+    return x_0
+
+
+def pick_device():
+    """Return the GPU if there is one, else the CPU."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    return gpu or torch.device("cpu")
+
+
+def best_precision(device):
+    """Return the fastest dtype here that trains well: bfloat16, float16 or float32.
+
+    bfloat16 has float32's range with fewer digits. float16, for older GPUs, has a smaller range:
+    small gradients would become zero without the GradScaler in `train`.
+    """
+    if device.type != "cuda":
+        return torch.float32
+    modern = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if modern else torch.float16
+
+
+def best_layout(device):
+    """Return the memory layout that makes convolutions fast: the channels of a pixel together.
+
+    On two CPU cores, a network evaluation is 15 % faster. Apple's GPUs gave wrong results with it.
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 # %% 3. Noise schedule and forward process
 
 
@@ -160,6 +196,9 @@ def cosine_beta_schedule(T):
     f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
     # β_t = 1 − ᾱ_t / ᾱ_{t−1}. The last would be 1 and ᾱ_T 0, so β is cut off at 0.999.
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
 
 
 def q_sample(x_0, t, noise, alphas_cumprod):
@@ -243,27 +282,32 @@ class ResBlock(nn.Module):
         return self.attention(self.shortcut(x) + self.conv_2(self.dropout(h)))
 
 
-class ConditionalUNet(nn.Module):
-    """Predict the noise in x_t (B, C, side, side) at step t (B,): 02's UNet with the class.
+class UNet(nn.Module):
+    """Predict the noise in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
 
-    class_label: int64 (B,), 0 ... num_classes, the last of which stands for "no class in
-    particular"; or embeddings (B, time_dim), such as mixtures of rows of label_embedding.weight.
+    This is the network for MNIST with BASE_CH = 16, CHANNEL_MULT = (1, 2, 4) and NUM_BLOCKS = 1.
+    Every output on the left is a skip.
+
+    28 × 28   conv_in (16) → block (16) ───── 2 skips ────→ 2 blocks (16) → conv_out
+                ↓ shrink                                      ↑ grow
+    14 × 14         └ block (32) ──────────── 2 skips ────→ 2 blocks (32)       * with attention
+                        ↓ shrink                              ↑ grow
+     7 × 7                  └ block (64) ──── 2 skips ────→ 2 blocks (64)
+                                └─→ middle_1* (64) → middle_2 (64) ┘
+
     Each level after the first halves the resolution, which must be even. attention_at: resolutions
     at which the blocks have attention. precision: the dtype of convolutions and matrix products.
     """
 
-    def __init__(
-        self, shape, base_ch, ch_mult, num_blocks, attention_at, dropout, num_classes, precision
-    ):
+    def __init__(self, shape, base_ch, ch_mult, num_blocks, attention_at, dropout, precision):
         super().__init__()
         channels, side, _ = shape
-        assert side % 2 ** (len(ch_mult) - 1) == 0, f"{side} pixels cannot be halved so often"
+        if side % 2 ** (len(ch_mult) - 1):
+            sys.exit(f"CHANNEL_MULT = {ch_mult} halves {side} pixels too often: shorten it.")
         self.precision, time_dim = precision, 4 * base_ch
         self.time = nn.Sequential(
             nn.Linear(2 * base_ch, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
         )
-        # NEW in 03: a learned vector for each class, and one for "no class in particular"
-        self.label_embedding = nn.Embedding(num_classes + 1, time_dim)
         self.conv_in = nn.Conv2d(channels, base_ch, 3, padding=1)
         self.shrink, self.down = nn.ModuleList(), nn.ModuleList()
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
@@ -293,16 +337,20 @@ class ConditionalUNet(nn.Module):
         self.norm_out = group_norm(ch)
         self.conv_out = zero_init(nn.Conv2d(ch, channels, 3, padding=1))
 
-    def forward(self, x_t, t, class_label):
+    def forward(self, x_t, t):
+        return self.predict(x_t, self.embed(t))
+
+    def embed(self, t):
+        """Return what the blocks learn of t (B,): (B, time_dim)."""
+        return self.time(timestep_embedding(t, self.time[0].in_features))
+
+    def predict(self, x_t, time):
+        """Return the prediction for x_t (B, C, side, side), given an embedding (B, time_dim)."""
         # Mixed precision: matrix products use 16 bits if the GPU is fast at that. Weights, sums
         # over many values and everything outside the network stay float32.
         mixed = self.precision != torch.float32
         with torch.autocast(x_t.device.type, self.precision, enabled=mixed):
-            time = self.time(timestep_embedding(t, self.time[0].in_features))
-            # NEW in 03: the label's embedding is added to the step's. Every block gets the sum.
-            is_embedding = class_label.is_floating_point()
-            embedding = class_label if is_embedding else self.label_embedding(class_label)
-            time = F.silu(time + embedding)  #                           (B, time_dim)
+            time = F.silu(time)
             h = self.conv_in(x_t)  #                                     (B, base_ch, side, side)
             skips = [h]
             for level, blocks in enumerate(self.down):
@@ -321,99 +369,98 @@ class ConditionalUNet(nn.Module):
             return self.conv_out(F.silu(self.norm_out(h))).float()  #    (B, C, side, side)
 
 
+class ConditionalUNet(UNet):
+    """NEW in 03. A UNet that also takes the class of each image: its embedding is added to t's.
+
+    class_label: int64 (B,), 0 ... num_classes, the last of which stands for "no class in
+    particular"; or embeddings (B, time_dim), such as mixtures of rows of label_embedding.weight.
+    """
+
+    def __init__(self, *network, num_classes):
+        super().__init__(*network)
+        # a learned vector for each class, and one for "no class in particular"
+        self.label_embedding = nn.Embedding(num_classes + 1, self.time[-1].out_features)
+
+    def forward(self, x_t, t, class_label):
+        is_embedding = class_label.is_floating_point()
+        embedding = class_label if is_embedding else self.label_embedding(class_label)
+        return self.predict(x_t, self.embed(t) + embedding)
+
+
+NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # after the shape
+
+
 # %% 5. Loss and sampler
 
 
-class GuidedDDPM:
+class DDPM:
     """A network that predicts noise, with its noise schedule, its loss and its sampler.
 
-    NEW in 03: guidance, and why it helps. The gradient of log p(x_t) with respect to x_t is called
-    the score. It points to where noisy images are more probable, and the best prediction of the
-    noise is −√(1−ᾱ_t) times the score: to remove noise is to follow the score. With the label, the
-    score is that of p(x_t | c). By Bayes' rule  ∇ log p(x_t | c) = ∇ log p(x_t) + ∇ log p(c | x_t).
-    Guidance multiplies the last term, which points to where c is easier to recognise, by s.
-    (This explains the direction, not which images result: for s ≠ 1, guided scores do not belong to
-    one distribution at increasing noise levels (arXiv:2408.09000), and a network's prediction need
-    not be the gradient of anything (CFG section 3.2). That guidance works is an observation.)
-
-    model: called as model(x_t, t, class_label), returns (B, C, H, W). betas: float64 (T,), each in
-    (0, 1). image_shape: (C, H, W). p_uncond: share of labels withheld in training. class_names:
-    the names of the classes.
+    model: called as model(x_t, t), returns (B, C, H, W). betas: float64 (T,), each in (0, 1).
+    image_shape: (C, H, W).
     """
 
-    def __init__(self, model, betas, image_shape, device, p_uncond, class_names):
-        self.p_uncond, self.class_names = p_uncond, class_names  # NEW in 03
-        self.null_label = len(class_names)  # NEW in 03
+    def __init__(self, model, betas, image_shape, device):
         self.model, self.T, self.image_shape, self.device = model, len(betas), image_shape, device
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # float64: the product of 1000 factors
         self.alphas_cumprod = alphas_cumprod.float().to(device)  # ᾱ_t for a tensor t
-        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t for an int; [-1]: the clean image's
+        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t for an int t; [-1] is 1
 
     @classmethod
-    def build(cls, state, device):
-        """Return the sampler that a checkpoint describes, with its averaged weights.
-
-        state: the contents of the checkpoint: "settings", the constants by name, and "averaged",
-        the weights. Without the latter the network is untrained.
-        """
-        settings = state["settings"]
-        model = ConditionalUNet(*[settings[name] for name in NETWORK], best_precision(device))
-        if "averaged" in state:
-            model.load_state_dict(state["averaged"])
-            model.eval().requires_grad_(False)
+    def build(cls, settings, device):
+        """Return an untrained network with its loss and sampler; settings: constants by name."""
+        shape, network = settings["IMAGE_SHAPE"], [settings[name] for name in NETWORK]
+        model = UNet(shape, *network, best_precision(device))
         model.to(device, memory_format=best_layout(device))
-        betas = SCHEDULES[settings["SCHEDULE"]](settings["T"])
-        own = settings["P_UNCOND"], settings["CLASS_NAMES"]  # NEW in 03
-        return cls(model, betas, settings["IMAGE_SHAPE"], device, *own)
+        return cls(model, SCHEDULES[settings["SCHEDULE"]](settings["T"]), shape, device)
 
-    def loss(self, x_0, labels):
-        """Return the loss of images x_0 (B, C, H, W) in [-1, 1] with class labels (B,).
+    @classmethod
+    def load(cls, path):
+        """Return the trained network in a checkpoint: DDPM.load(path).sample(n=16).
 
-        DDPM Algorithm 1; labels are withheld as in CFG Algorithm 1.
+        The checkpoint describes itself: the constants at the top of this file have no influence.
         """
-        # NEW in 03: each image loses its label with probability p_uncond.
-        withheld = torch.rand(len(x_0), device=self.device) < self.p_uncond
-        labels = labels.masked_fill(withheld, self.null_label)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        trained = cls.build(state["settings"], pick_device())
+        trained.model.load_state_dict(state["averaged"])
+        trained.model.eval().requires_grad_(False)
+        return trained
+
+    def loss(self, x_0):
+        """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1."""
         t = torch.randint(self.T, (len(x_0),), device=self.device)  # any step, for each image
         noise = torch.randn_like(x_0)
-        noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t, labels)
+        noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖²
 
-    def guided_noise(self, x_t, t, class_label, guidance_scale):
-        """NEW in 03. Return the noise in x_t (B, C, H, W) at t (B,), predicted with guidance."""
-        null_labels = torch.full((len(x_t),), self.null_label, device=self.device)
-        noise_cond = self.model(x_t, t, class_label)
-        noise_uncond = self.model(x_t, t, null_labels)
-        # CFG Eq. 6:  (1 + w) · ε_θ(x_t, t, c) − w · ε_θ(x_t, t), the same as this with s = 1 + w.
-        return noise_uncond + guidance_scale * (noise_cond - noise_uncond)
+    def predict_noise(self, x_t, t):
+        """Return noise_pred (B, C, H, W), the noise in x_t at step t, an int."""
+        return self.model(x_t, torch.full((len(x_t),), t, device=self.device))
 
-    def predict(self, x_t, t, labels, guidance_scale):
+    def predict(self, x_t, t, *condition):
         """Return x_0_pred and noise_pred, (B, C, H, W) each, for x_t at step t, an int."""
-        t_of_all = torch.full((len(x_t),), t, device=self.device)
-        if guidance_scale == 1:  # noise_uncond would cancel out
-            noise_pred = self.model(x_t, t_of_all, labels)
-        else:
-            noise_pred = self.guided_noise(x_t, t_of_all, labels, guidance_scale)
+        noise_pred = self.predict_noise(x_t, t, *condition)
         signal, spread = math.sqrt(self.alpha_bars[t]), math.sqrt(1 - self.alpha_bars[t])
         # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t
         return (x_t - spread * noise_pred) / signal, noise_pred
 
-    def p_sample(self, x_t, t, t_prev, labels, guidance_scale):
-        """Step back from x_t (B, C, H, W) at t to t_prev < t, ints: return x_prev and x_0_pred."""
+    def p_sample(self, x_t, t, t_prev, *condition):
+        """Go from x_t (B, C, H, W) at t to any t_prev < t, ints: return x_prev and x_0_pred."""
         # NEW in 02: 1/√ᾱ_t magnifies the errors of ε_θ: at the start of sampling, by 157 with the
         # linear schedule and by 20,000 with the cosine one. Pixels lie in [-1, 1], so x̂_0 should
-        # lie there, too. DDPM's own code also clamps it. (And guidance pushes it far beyond.)
-        x_0_pred = self.predict(x_t, t, labels, guidance_scale)[0].clamp(-1, 1)
-        alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]
-        # NEW in 03: a step may be long, from t to t_prev. In the formulas, read t_prev for t−1 and
-        # ᾱ_t / ᾱ_prev, the product of all α in between, for α_t (Improved DDPM, section 4, Eq. 19).
-        beta_t = 1 - alpha_bar_t / alpha_bar_prev
+        # lie there, too. DDPM's own code also clamps it.
+        x_0_pred = self.predict(x_t, t, *condition)[0].clamp(-1, 1)
+        alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]  # [-1]: image, 1
+        # NEW in 02: the step may be long. Read t_prev for t−1 and, for α_t, the product of all α on
+        # the way, ᾱ_t / ᾱ_prev (Improved DDPM, section 4).
+        alpha_t = alpha_bar_t / alpha_bar_prev
+        beta_t = 1 - alpha_t
         # DDPM Eq. 7, the mean of x_{t−1} given x_t and x_0, where x̂_0 replaces the unknown x_0:
         #   μ̃_t = √ᾱ_{t−1}·β_t / (1−ᾱ_t) · x̂_0 + √α_t·(1−ᾱ_{t−1}) / (1−ᾱ_t) · x_t
         # and its variance,  β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t.  Unclamped, this mean is that of
         # Algorithm 2, line 4. NEW in 02: σ_t² = β̃_t. (01 takes β_t; section 3.2 allows both.)
         weight_x_0 = math.sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t)
-        weight_x_t = math.sqrt(1 - beta_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+        weight_x_t = math.sqrt(alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
         x_prev = weight_x_0 * x_0_pred + weight_x_t * x_t
         if t_prev >= 0:  # Algorithm 2, line 3: no noise in the last step, where β̃ is 0
             sigma_t = math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t) * beta_t)
@@ -421,29 +468,93 @@ class GuidedDDPM:
         return x_prev, x_0_pred
 
     @torch.no_grad()
-    def sample(self, n=16, labels=None, guidance_scale=2.0, steps=None, frames=None):
-        """Generate n images (n, C, H, W) in [-1, 1].
+    def sample(self, n=16, steps=None, frames=None, condition=()):
+        """Generate n images (n, C, H, W) in [-1, 1]: DDPM Algorithm 2.
 
-        DDPM Algorithm 2 with the guided prediction of CFG Algorithm 2. labels: as in `to_labels`.
-        guidance_scale: has no effect without labels. steps: 1 ... T; T if not given.
-        frames: a list to which up to 51 stages (t, x_t, x_0_pred) are appended, for the figures;
-        the last stage holds the finished images and has t = -1.
+        steps: 1 ... T; raises ValueError for others. Without steps, there are T of them; 50 of 1000
+        lead from t = 999 to 979 ... 19 and -1, the image. frames: a list to which up to 51 stages
+        (t, x_t, x_0_pred) are appended, for the figures; the last stage holds the finished images
+        and has t = -1. condition: passed on to predict_noise, which takes none here.
         """
-        # NEW in 03: with 50 of 1000 steps, t = 999, 979, ... 19, -1 (the clean image)
-        steps = min(steps or self.T, self.T)
+        steps = self.T if steps is None else steps
+        if steps not in range(1, self.T + 1):
+            raise ValueError(f"{steps!r} steps: it must be a whole number, 1 to T = {self.T}")
         timesteps = [round(self.T * i / steps) - 1 for i in range(steps, -1, -1)]
-        guidance_scale = 1 if labels is None else guidance_scale
-        labels = to_labels(labels, n, self.class_names).to(self.device)
         x_t = torch.randn(n, *self.image_shape, device=self.device)
         bar = tqdm(timesteps[:-1], "Sampling", unit=" steps")
         for i, (t, t_prev) in enumerate(zip(bar, timesteps[1:])):
-            x_prev, x_0_pred = self.p_sample(x_t, t, t_prev, labels, guidance_scale)
+            x_prev, x_0_pred = self.p_sample(x_t, t, t_prev, *condition)
             if frames is not None and i % math.ceil(steps / 50) == 0:
                 frames.append((t, x_t, x_0_pred))
             x_t = x_prev
         if frames is not None:
             frames.append((-1, x_t, x_t))
         return x_t
+
+
+class GuidedDDPM(DDPM):
+    """NEW in 03. DDPM whose network knows the class of an image, and classifier-free guidance.
+
+    Why does guidance help? The gradient of log p(x_t) with respect to x_t is called the score. It
+    points to where noisy images are more probable, and the best prediction of the noise is
+    −√(1−ᾱ_t) times the score: to remove noise is to follow the score. With the label, the score is
+    that of p(x_t | c). By Bayes' rule,  ∇ log p(x_t | c) = ∇ log p(x_t) + ∇ log p(c | x_t).
+    Guidance multiplies the last term, which points to where c is easier to recognise, by s.
+    (This explains the direction, not which images result: for s other than 0 and 1, guided scores
+    do not belong to one distribution at increasing noise levels (arXiv:2408.09000), and a network's
+    prediction need not be the gradient of anything (CFG section 3.2). That guidance works is an
+    observation.)
+
+    model: called as model(x_t, t, class_label). p_uncond: share of labels withheld in training.
+    class_names: the names of the classes. The rest is as in DDPM.
+    """
+
+    def __init__(self, model, betas, image_shape, device, p_uncond, class_names):
+        super().__init__(model, betas, image_shape, device)
+        self.p_uncond, self.class_names, self.null_label = p_uncond, class_names, len(class_names)
+
+    @classmethod
+    def build(cls, settings, device):
+        """As in DDPM, with the classes' names, CLASS_NAMES."""
+        shape, network = settings["IMAGE_SHAPE"], [settings[name] for name in NETWORK]
+        names, precision = settings["CLASS_NAMES"], best_precision(device)
+        model = ConditionalUNet(shape, *network, precision, num_classes=len(names))
+        model.to(device, memory_format=best_layout(device))
+        betas = SCHEDULES[settings["SCHEDULE"]](settings["T"])
+        return cls(model, betas, shape, device, settings["P_UNCOND"], names)
+
+    def loss(self, x_0, labels):
+        """Return the loss of images x_0 (B, C, H, W) in [-1, 1] with class labels (B,).
+
+        DDPM Algorithm 1; labels are withheld as in CFG Algorithm 1.
+        """
+        # Each image loses its label with probability p_uncond.
+        withheld = torch.rand(len(x_0), device=self.device) < self.p_uncond
+        labels = labels.masked_fill(withheld, self.null_label)
+        t = torch.randint(self.T, (len(x_0),), device=self.device)  # any step, for each image
+        noise = torch.randn_like(x_0)
+        noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t, labels)
+        return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t, c)‖²
+
+    def predict_noise(self, x_t, t, labels, guidance_scale):
+        """Return noise_pred (B, C, H, W), the noise in x_t at step t, an int, with guidance."""
+        t = torch.full((len(x_t),), t, device=self.device)
+        noise_cond = self.model(x_t, t, labels)
+        if guidance_scale == 1:  # noise_uncond would cancel out
+            return noise_cond
+        noise_uncond = self.model(x_t, t, torch.full_like(t, self.null_label))
+        # CFG Eq. 6:  (1 + w) · ε_θ(x_t, t, c) − w · ε_θ(x_t, t), the same as this with s = 1 + w.
+        return noise_uncond + guidance_scale * (noise_cond - noise_uncond)
+
+    def sample(self, n=16, labels=None, guidance_scale=2.0, steps=None, frames=None):
+        """Generate n images (n, C, H, W) in [-1, 1] with the guided prediction: CFG Algorithm 2.
+
+        labels: as in `to_labels`. guidance_scale: has no effect without labels. steps, frames: as
+        in DDPM.
+        """
+        guidance_scale = 1 if labels is None else guidance_scale
+        labels = to_labels(labels, n, self.class_names).to(self.device)
+        return super().sample(n, steps, frames, (labels, guidance_scale))
 
 
 def to_labels(labels, n, class_names):
@@ -468,67 +579,7 @@ def to_labels(labels, n, class_names):
     return labels
 
 
-def update_average(averaged, model, step, ema_decay):
-    """NEW in 02. Move averaged weights a little towards the model's, after training step `step`.
-
-    Exponential moving average:  average ← decay · average + (1 − decay) · weights.  While the
-    learning rate is high, the weights fluctuate from step to step, and samples are better with
-    their average; at the end, when the rate is near zero, the two hardly differ. The average covers
-    about 1 / (1 − decay) steps, 10,000 for 0.9999. Early on, these would include the random initial
-    weights, so decay is smaller, and the average covers only a ninth of the steps so far.
-    """
-    decay = min(ema_decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        for average, weight in zip(averaged.parameters(), model.parameters()):
-            average.lerp_(weight, 1 - decay)
-
-
-SAMPLER = GuidedDDPM  # NEW in 03
-SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
-NETWORK = "IMAGE_SHAPE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"
-NETWORK = *NETWORK, "NUM_CLASSES"  # NEW in 03
-FIXED = "DATASET", "CLASS_NAMES", "T", "SCHEDULE", *NETWORK  # must match a checkpoint to resume
-
-
-def load(path):
-    """Return the sampler in a checkpoint, with the averaged weights: load(path).sample(n=16).
-
-    The checkpoint describes itself: the constants at the top of this file have no influence.
-    """
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return SAMPLER.build(state, pick_device())
-
-
-# %% 6. Training: nothing about diffusion from here on
-
-
-def best_precision(device):
-    """Return the fastest dtype here that trains well: bfloat16, float16 or float32.
-
-    bfloat16 has float32's range with fewer digits. float16, for older GPUs, has a smaller range:
-    small gradients would become zero without the GradScaler in `Trainer`.
-    """
-    if device.type != "cuda":
-        return torch.float32
-    modern = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if modern else torch.float16
-
-
-def best_layout(device):
-    """Return the memory layout that makes convolutions fast: the channels of a pixel together.
-
-    On two CPU cores, a network evaluation is 15 % faster. Apple's GPUs gave wrong results with it.
-    """
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-def to_batch(images, flip=False):
-    """Turn images, uint8 0 ... 255, into float -1 ... 1; with flip, mirror about half of them."""
-    x_0 = images.float() / 127.5 - 1
-    if flip:
-        mirrored = torch.rand(len(x_0), 1, 1, 1, device=x_0.device) < 0.5
-        x_0 = torch.where(mirrored, x_0.flip(3), x_0)
-    return x_0
+# %% 6. Training
 
 
 class Muon(torch.optim.Optimizer):
@@ -576,159 +627,162 @@ def split_weights(model):
     return inner, outer
 
 
-def save_atomically(contents, path):
+def update_average(averaged, model, step, ema_decay):
+    """NEW in 02. Move averaged weights a little towards the model's, after training step `step`.
+
+    Exponential moving average:  average ← decay · average + (1 − decay) · weights.  While the
+    learning rate is high, the weights fluctuate from step to step, and samples are better with
+    their average; at the end, when the rate is near zero, the two hardly differ. The average covers
+    about 1 / (1 − decay) steps, 10,000 for 0.9999. Early on, these would include the random initial
+    weights, so decay is smaller, and the average covers only a ninth of the steps so far.
+    """
+    decay = min(ema_decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for average, weight in zip(averaged.parameters(), model.parameters()):
+            average.lerp_(weight, 1 - decay)
+
+
+# Nothing below is about diffusion: it is what every long training run needs. Skim it.
+
+
+def save(state, path):
     """Save to a temporary file and rename it: an interruption leaves the old file intact."""
-    buffer = io.BytesIO()
-    torch.save(contents, buffer)  # not to a file: a full disk would end Python without a message
     partial = path.with_name(f"{path.name}.part")
     with partial.open("wb") as file:
-        file.write(buffer.getbuffer())
+        torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())  # waits until the disk has it: this survives a power cut
     os.replace(partial, path)
 
 
-class Trainer:
-    """Trains a network; a new Trainer resumes from the last checkpoint, however the old one ended.
+def resume(parts, settings, fixed, path):
+    """Load a checkpoint into parts, modules and optimizers by name; return images seen and losses.
 
-    On a CPU, the result is the same as without the interruption, to the last bit. A GPU may add
-    numbers in a different order.
+    If that is impossible, end the program and leave the file as it is.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name in fixed:
+            if state["settings"][name] != settings[name]:
+                old, new = state["settings"][name], settings[name]
+                raise ValueError(f"{name} was {old!r} and now is {new!r}")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["seen"], state["losses"]
+    except Exception as error:  # also for a damaged file, or another program's
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        hint = "To start from scratch, delete the file or set another OUT_DIR."
+        sys.exit(f"Cannot resume from {path} ({reason}). {hint}")
+
+
+def join_processes():
+    """Return the number of this process and how many there are: torchrun starts one per GPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if local >= gpus > 0:
+            sys.exit(f"There are {gpus} GPUs here: use --nproc_per_node={gpus}.")
+        if gpus:
+            torch.cuda.set_device(local)  # from here on, "cuda" means this process's GPU
+        dist.init_process_group("nccl" if gpus and dist.is_nccl_available() else "gloo")
+        sys.stdout = sys.stdout if rank == 0 else None  # one process prints for all
+    return rank, world
+
+
+def train(model, loss, count, settings, fixed, path, preview=None, **extras):
+    """Train the model; return a copy of it with averaged weights, and the loss of each step.
+
+    Training resumes from the checkpoint at path, if there is one, however the last run ended. On a
+    CPU, the result is the same as without the interruption, to the last bit. A GPU may add numbers
+    in a different order.
 
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
-    settings: the constants by name, saved in the checkpoint. fixed: the names of constants that
-    must be the same as in the checkpoint. path: the checkpoint. rank: the number of this process.
-    world: how many processes there are.
+    settings: the constants by name. fixed: the names of those that must be as in the checkpoint.
+    preview: called every PREVIEW_EVERY minutes with the number of steps so far, right after a
+    checkpoint; it has no influence on the training. extras: other modules for the checkpoint.
     """
-
-    STATES = "model", "averaged", "muon", "adam"  # have a state_dict each
-    VALUES = "step", "losses", "extras"
-
-    def __init__(self, model, loss, count, settings, fixed, path, rank=0, world=1):
-        self.model, self.loss, self.count, self.settings = model, loss, count, settings
-        self.path, self.rank, self.world = path, rank, world
-        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)  # these weights sample
-        inner, outer = split_weights(model)
-        self.muon = Muon(inner, lr=0)  # train_step sets both learning rates
-        self.adam = torch.optim.Adam(outer, 0, betas=(0.9, 0.99), fused=True)
-        self.device, float16 = outer[0].device, getattr(model, "precision", None) == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=float16)
-        self.step, self.losses, self.recent = 0, [], []
-        self.extras = {}  # whatever else the checkpoint should hold
-        self.total_steps = max(1, settings["EPOCHS"] * count // settings["BATCH_SIZE"])
-        if path.exists():
-            self.resume(fixed)
-
-    def resume(self, fixed):
-        """Resume from the checkpoint; if that is impossible, end the program and keep the file."""
-        begin = f"Cannot go on from {self.path}:"
-        hint = "To start from scratch, delete the file or set another OUT_DIR."
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            for name in fixed:
-                old, new = state["settings"][name], self.settings[name]
-                if old != new:
-                    sys.exit(f"{begin} {name} was {old!r} and now is {new!r}. {hint}")
-            for name in self.STATES:
-                getattr(self, name).load_state_dict(state[name])
-            for name in self.VALUES:
-                setattr(self, name, state[name])
-            # Another BATCH_SIZE changes the number of steps; the share of them done stays the same.
-            before = max(1, self.settings["EPOCHS"] * self.count // state["settings"]["BATCH_SIZE"])
-            self.step = self.step * self.total_steps // before
-        except Exception as error:  # cut short, damaged, another program's file
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            sys.exit(f"{begin} it cannot be read as a checkpoint of this script ({reason}). {hint}")
-        print(f"Going on from {self.path}, step {self.step:,} of {self.total_steps:,}.")
-
-    def save(self):
-        """Write the checkpoint, unless the loss or a weight is not finite: then end the program."""
-        self.losses += [loss.item() for loss in self.recent]
-        self.recent.clear()
-        weights = torch.stack([weight.detach().sum() for weight in self.model.parameters()])
-        if not math.isfinite(sum(self.losses) + weights.sum().item()):
-            sys.exit(
-                f"\nThe loss or a weight became NaN or infinite before step {self.step}. Usually "
-                f"LEARNING_RATE = {self.settings['LEARNING_RATE']} is too high: halve it. The last "
-                "checkpoint is intact."
-            )
-        if self.rank == 0:
-            state = {name: getattr(self, name).state_dict() for name in self.STATES}
-            state |= {name: getattr(self, name) for name in self.VALUES}
-            save_atomically({"settings": self.settings, **state}, self.path)
-
-    def train_step(self):
-        """Learn from a batch of images drawn at random; return the loss, a tensor on the device."""
-        # The step's number seeds everything random in a step: images, t, noise, dropout, mirroring.
-        # So resuming needs no other random state.
-        torch.manual_seed(hash((self.settings["SEED"], self.step, self.rank)))
-        size = math.ceil(self.settings["BATCH_SIZE"] / self.world)  # each GPU has its share
-        loss = self.loss(torch.randint(self.count, (size,), device=self.device))
-        # The learning rate rises for 5 % of the steps and then falls to zero along a cosine.
-        rise = (self.step + 1) / (0.05 * self.total_steps)
-        fall = 0.5 + 0.5 * math.cos(math.pi * self.step / self.total_steps)
-        rate = self.settings["LEARNING_RATE"] * min(rise, fall)
-        # Adam has a fifth of Muon's rate: at most 0.004, as in 01.
-        self.muon.param_groups[0]["lr"], self.adam.param_groups[0]["lr"] = rate, rate / 5
-        self.model.zero_grad()
-        self.scaler.scale(loss).backward()  # the scaler acts only in float16
-        for optimizer in self.muon, self.adam:
-            self.scaler.unscale_(optimizer)
-        # Both optimizers average past gradients, and no outlier batch should dominate the average.
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.muon, self.adam:  # neither, if float16 gradients became infinite
-            if not self.scaler.is_enabled() or norm.isfinite():
-                self.scaler.step(optimizer)
-        self.scaler.update()
-        self.step += 1
-        update_average(self.averaged, self.model, self.step, self.settings["EMA_DECAY"])
-        return loss.detach()
-
-    def run(self):
-        """Train to the end; save a checkpoint every SAVE_EVERY, yield every PREVIEW_EVERY minutes.
-
-        What the caller does when this yields has no influence on the training.
-        """
-        size, saved, shown = self.settings["BATCH_SIZE"], now(), now()
-        save_every = 60 * self.settings["SAVE_EVERY"]  # seconds
-        preview_every = 60 * self.settings["PREVIEW_EVERY"]
-        sizes = {"total": self.total_steps * size, "initial": self.step * size}
-        with tqdm(desc="Training", unit=" images", disable=self.rank > 0, **sizes) as bar:
-            while self.step < self.total_steps:
-                self.recent.append(self.train_step())  # no .item(): it would wait for the GPU
-                bar.update(size)
-                if self.step % 50 == 0:
-                    bar.set_postfix(loss=f"{torch.stack(self.recent[-50:]).mean():.4f}")
-                if self.step == self.total_steps or now() - saved > save_every:
-                    self.save()
-                    saved = now()
-                if self.step < self.total_steps and now() - shown > preview_every:
-                    yield
-                    shown = now()
+    rank, world = join_processes()
+    device, size = next(model.parameters()).device, settings["BATCH_SIZE"]
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)  # these weights sample
+    inner, outer = split_weights(model)
+    muon = Muon(inner, lr=0)  # each step sets both learning rates
+    adam = torch.optim.Adam(outer, lr=0, betas=(0.9, 0.99), fused=True)
+    float16 = getattr(model, "precision", None) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=float16)  # otherwise it changes nothing
+    parts = {"model": model, "averaged": averaged, "muon": muon, "adam": adam, **extras}
+    seen, total, losses, recent = 0, math.ceil(settings["EPOCHS"] * count), [], []
+    if path.exists():
+        seen, losses = resume(parts, settings, fixed, path)
+        print(f"Resuming from {path}, after {seen:,} of {total:,} images.")
+    saved = shown = now()
+    with tqdm(None, "Training", total, initial=seen, unit=" images", disable=rank > 0) as bar:
+        while seen < total:
+            # This number seeds everything random in a step: images, t, noise, dropout, mirroring.
+            # So resuming needs no other random state.
+            torch.manual_seed(hash((settings["SEED"], seen, rank)))
+            index = torch.randint(count, (math.ceil(size / world),), device=device)
+            batch_loss = loss(index)
+            scaler.scale(batch_loss).backward()
+            for optimizer in muon, adam:
+                scaler.unscale_(optimizer)
+            # Both optimizers average past gradients; no outlier batch should dominate the average.
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            # The learning rate rises for 5 % of the images and then falls to zero along a cosine.
+            rise = (seen + size) / (0.05 * total)
+            fall = 0.5 + 0.5 * math.cos(math.pi * seen / total)
+            rate = settings["LEARNING_RATE"] * min(rise, fall)
+            for optimizer, part in (muon, 1), (adam, 5):  # Adam: at most 0.004, as in 01
+                optimizer.param_groups[0]["lr"] = rate / part
+                if not float16 or norm.isfinite():  # float16 gradients may become infinite
+                    scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+            recent.append(batch_loss.detach())  # no .item(): it would wait for the GPU
+            step = len(losses) + len(recent)
+            update_average(averaged, model, step, settings["EMA_DECAY"])
+            seen += size
+            bar.update(min(size, total - bar.n))
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{torch.stack(recent[-50:]).mean():.4f}")
+            show = preview and seen < total and now() - shown > 60 * settings["PREVIEW_EVERY"]
+            if show or seen >= total or now() - saved > 60 * settings["SAVE_EVERY"]:
+                losses += torch.stack(recent).tolist()
+                recent.clear()
+                weights = torch.stack([weight.detach().sum() for weight in model.parameters()])
+                if not math.isfinite(sum(losses) + weights.sum().item()):
+                    sys.exit(f"\nNaN before step {step}: halve LEARNING_RATE. The file is intact.")
+                if rank == 0:
+                    state = {name: part.state_dict() for name, part in parts.items()}
+                    save({"settings": settings, "seen": seen, "losses": losses, **state}, path)
+                saved = now()
+            if show:
+                preview(step)
+                shown = now()
+    return averaged, losses
 
 
 # %% 7. Figures
 
 
+def sample_in_parts(sample, n, size, frames=None):
+    """Return n images of sample(m, frames=...), at most `size` at once; frames: of the first."""
+    parts = [min(size, n - first) for first in range(0, n, size)]
+    return torch.cat([sample(m, frames=None if i else frames) for i, m in enumerate(parts)])
+
+
 def sample_classes(ddpm, labels, settings, guidance_scale=None, frames=None):
-    """NEW in 03. Return an image for each label, BATCH_SIZE at a time; frames: of the first batch.
+    """NEW in 03. Return an image for each label; frames: of the first BATCH_SIZE images.
 
     Every call starts from the same noise (SEED), so images differ only through label and scale.
     """
     scale = settings["GUIDANCE_SCALE"] if guidance_scale is None else guidance_scale
     torch.manual_seed(settings["SEED"])
-    images = []
-    for part in torch.as_tensor(labels).split(settings["BATCH_SIZE"]):
-        images.append(ddpm.sample(len(part), part, scale, settings["SAMPLE_STEPS"], frames))
-        frames = None
-    return torch.cat(images)
+    parts = iter(torch.as_tensor(labels).split(settings["BATCH_SIZE"]))
 
+    def sample(n, frames):
+        return ddpm.sample(n, next(parts), scale, settings["SAMPLE_STEPS"], frames)
 
-def save_class_preview(ddpm, trainer, folder, note):
-    """NEW in 03. Save two samples of each of the first ten classes."""
-    labels = [*range(ddpm.null_label)][:10]
-    samples = sample_classes(ddpm, labels * 2, trainer.settings)
-    path, title = folder / f"samples_step_{trainer.step:06}.png", f"After {trainer.step:,} steps"
-    sample_grid(samples, path, title, note, len(labels))
+    return sample_in_parts(sample, len(labels), settings["BATCH_SIZE"], frames)
 
 
 def save_interpolation(ddpm, settings, folder, note, columns=9):
@@ -764,11 +818,11 @@ def save_guidance(ddpm, settings, stage, folder, note):
     guidance_vectors(predictions, folder / "guidance_vectors.png", title, note)
 
 
-def save_class_figures(ddpm, trainer, folder, note):
+def save_class_figures(ddpm, losses, settings, folder, note):
     """NEW in 03. Sample six images of each class and save the final figures."""
-    settings, frames, names = trainer.settings, [], ddpm.class_names[:10]
+    frames, names = [], ddpm.class_names[:10]
     samples = sample_classes(ddpm, [*range(len(names))] * 6, settings, frames=frames)
-    save_results(folder, samples, frames, trainer.losses, note)
+    save_results(folder, samples, frames, losses, note)
     rows = {name: samples[i :: len(names)] for i, name in enumerate(names)}
     title = f"What was asked for, guidance scale {settings['GUIDANCE_SCALE']}"
     image_table(rows, folder / "samples.png", (), title, note)  # with names, unlike save_results
@@ -778,120 +832,92 @@ def save_class_figures(ddpm, trainer, folder, note):
 
 # %% 8. Run
 
-
-def pick_device():
-    """Return the GPU if there is one, else the CPU."""
-    gpu = torch.accelerator.current_accelerator(check_available=True)
-    return gpu or torch.device("cpu")
-
-
-def join_processes():
-    """Return the number of this process and how many there are: torchrun starts one per GPU."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    gpus = torch.cuda.device_count()
-    if world > gpus > 0:
-        sys.exit(1 if rank else f"{world} processes but {gpus} GPUs: use --nproc_per_node={gpus}.")
-    if world > 1:
-        if gpus:
-            torch.cuda.set_device(rank)  # from here on "cuda" means this process's GPU
-        dist.init_process_group("nccl" if gpus and dist.is_nccl_available() else "gloo")
-    if rank > 0:
-        sys.stdout = io.StringIO()  # one process prints for all
-    return rank, world
-
-
-def end_with_one_line(kind, error, traceback):
-    """Print one line instead of a traceback if the program was ended by Ctrl-C."""
-    if kind is not KeyboardInterrupt:
-        return sys.__excepthook__(kind, error, traceback)
-    print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-
-
-def is_whole(value, lowest=1):
-    return isinstance(value, int) and value >= lowest
-
-
-def is_writable(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    return os.access(folder, os.W_OK)
-
-
-CHECKS = (  # constants, the condition that each must meet, and the same in words
-    ("IMAGE_SIZE BASE_CH NUM_BLOCKS EPOCHS BATCH_SIZE", is_whole, "a whole number from 1"),
-    ("T", lambda v: is_whole(v, 2), "a whole number from 2"),
-    ("SEED", lambda v: is_whole(v, 0), "a whole number from 0"),
-    ("SCHEDULE", lambda v: v in SCHEDULES, "'linear' or 'cosine'"),
-    ("CHANNEL_MULT", lambda v: v and all(map(is_whole, v)), "like (1, 2, 4)"),
-    ("ATTENTION_AT", lambda v: all(map(is_whole, v)), "like (14, 16), or ()"),
-    ("P_UNCOND", lambda v: 0 < v < 1, "a number between 0 and 1"),  # NEW in 03
-    ("GUIDANCE_SCALE", lambda v: 0 <= v < math.inf, "a number from 0"),  # NEW in 03
-    ("SAMPLE_STEPS", lambda v: is_whole(v) and v <= T, "a whole number from 1 to T"),  # NEW in 03
-    ("DROPOUT EMA_DECAY", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
-    ("LEARNING_RATE", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
-    ("SAVE_EVERY PREVIEW_EVERY", lambda v: v > 0, "a number of minutes above 0"),
-    ("FLIP COMPILE", lambda v: isinstance(v, bool), "True or False"),
-    ("DATASET DATA_DIR", Path, "a name or a path"),
-    ("OUT_DIR", is_writable, "a folder in which files can be made"),
+FIXED = (
+    "DATASET",
+    "IMAGE_SHAPE",
+    "T",
+    "SCHEDULE",
+    *NETWORK,
+)  # must match a checkpoint to resume from it
+LIMITS = (  # constants, what each must be, the lowest and the highest value
+    ("IMAGE_SIZE BASE_CH NUM_BLOCKS BATCH_SIZE", "a whole number", 1, 100_000),
+    ("CHANNEL_MULT ATTENTION_AT", "whole numbers", 1, 100_000),
+    ("T", "a whole number", 2, 100_000),
+    ("SEED", "a whole number", 0, 2**63 - 1),
+    ("EPOCHS SAVE_EVERY PREVIEW_EVERY", "a number", 1e-9, 1e9),
+    ("LEARNING_RATE", "a number", 1e-9, 1),
+    ("DROPOUT EMA_DECAY", "a number", 0, 0.999999),
+    ("FLIP COMPILE", "a choice", False, True),
+)
+TYPES = {"a whole number": int, "whole numbers": int, "a number": int | float, "a choice": bool}
+FIXED += ("CLASS_NAMES",)  # NEW in 03
+LIMITS += (  # NEW in 03
+    ("P_UNCOND", "a number", 0.001, 0.999),
+    ("GUIDANCE_SCALE", "a number", 0, 1e6),
+    ("SAMPLE_STEPS", "a whole number", 1, T),
 )
 
 
-def check_settings(constants):
-    """Return the constants by name as plain Python; end the program if one cannot work."""
-    settings = {}
-    for names, works, allowed in CHECKS:
+def check(constants):
+    """Return the settings of a training run, and OUT_DIR; end the program if one cannot work."""
+    settings, out_dir = {"SCHEDULE": constants["SCHEDULE"]}, constants["OUT_DIR"]
+    if settings["SCHEDULE"] not in [*SCHEDULES]:
+        sys.exit(f"SCHEDULE = {settings['SCHEDULE']!r} does not work: use one of {[*SCHEDULES]}.")
+    for names, kind, low, high in LIMITS:
         for name in names.split():
             value = constants[name]
-            try:
-                value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers
-                value = tuple(value) if isinstance(value, list) else value
-                value = Path(value).expanduser() if "_DIR" in name else value
-                assert works(value)
-            except Exception:  # also what comes of None < 2
-                sys.exit(f"{name} = {value!r} does not work: it must be {allowed}.")
-            settings[name] = value
-    return settings
+            value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers
+            many = kind == "whole numbers"
+            values = tuple(value) if many and isinstance(value, list | tuple) else (value,)
+            if not all(isinstance(v, TYPES[kind]) and low <= v <= high for v in values):
+                sys.exit(f"{name} = {value!r} does not work: it must be {kind}, {low} to {high}.")
+            settings[name] = values if many else value
+    try:
+        out_dir = Path(out_dir).expanduser()
+        out_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()  # fails where nothing can be written
+    except Exception as error:
+        sys.exit(f"OUT_DIR = {constants['OUT_DIR']!r} does not work: {error}.")
+    return settings, out_dir
 
 
 if __name__ == "__main__":
-    sys.excepthook = end_with_one_line
-    settings = check_settings(globals())
-    globals().update(settings)  # from here on the constants are plain Python
-    data_dir, out_dir = settings.pop("DATA_DIR"), settings.pop("OUT_DIR")
+    settings, out_dir = check(globals())
     rank, world = join_processes()
     device = pick_device() if world == 1 or ON_GPU else torch.device("cpu")
-    for turn in range(world):
-        if turn == rank:  # the first process downloads, the others find the files
-            images, labels, names, source = load_dataset(DATASET, data_dir, IMAGE_SIZE)
-        if world > 1:
-            dist.barrier()
+    if rank > 0:
+        dist.barrier()  # the first process downloads; then the others find the files
+    images, labels, names, source = load_dataset(DATASET, DATA_DIR, IMAGE_SIZE)
+    if rank == 0 and world > 1:
+        dist.barrier()
     count, *shape = images.shape
-    if shape[1] % 2 ** (len(CHANNEL_MULT) - 1):
-        sys.exit(f"CHANNEL_MULT = {CHANNEL_MULT} halves {shape[1]} pixels too often: shorten it.")
-    settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape)}
-    settings |= {"CLASS_NAMES": names, "NUM_CLASSES": len(names)}  # NEW in 03
+    settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape), "CLASS_NAMES": names}
+    path, note = out_dir / "checkpoint.pt", f"{source}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
 
     torch.manual_seed(SEED)
     if ON_GPU:  # TF32: float32 products with fewer digits, several times as fast
         torch.set_float32_matmul_precision("high")
-    ddpm = SAMPLER.build({"settings": settings}, device)
+    ddpm = GuidedDDPM.build(settings, device)
     model, images, labels = ddpm.model, images.to(device), labels.to(device)
+    size = sum(weight.numel() for weight in model.parameters())
+    print(f"{count:,} images of {source}, {size:,} parameters, on {device}")
+    if COMPILE:
+        model.compile()
     if world > 1:  # equal weights everywhere, and the mean of all processes' gradients
         ddpm.model = nn.parallel.DistributedDataParallel(model)
 
     def loss(index):
         return ddpm.loss(to_batch(images[index], FLIP), labels[index])
 
-    path = out_dir / "checkpoint.pt"
-    trainer = Trainer(model, loss, count, settings, FIXED, path, rank, world)
-    size = sum(weight.numel() for weight in model.parameters())
-    print(f"{count:,} images of {source}, {size:,} parameters, on {device}")
-    if COMPILE:
-        model.compile()
-    note = f"{source}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
-    for _ in trainer.run():  # pauses every PREVIEW_EVERY minutes
+    def preview(step):
+        labels = [i % len(names) for i in range(16)]
+        samples = sample_classes(GuidedDDPM.load(path), labels, settings)
+        sample_grid(samples, out_dir / f"samples_step_{step:06}.png", f"After {step:,} steps", note)
+
+    try:
+        _, losses = train(model, loss, count, settings, FIXED, path, None if rank else preview)
         if rank == 0:
-            trainer.save()
-            save_class_preview(load(path), trainer, out_dir, note)
-    if rank == 0:
-        ddpm = load(path)  # has the averaged weights; python -i keeps it at hand
-        save_class_figures(ddpm, trainer, out_dir, note)
+            ddpm = GuidedDDPM.load(path)  # has the averaged weights; python -i keeps it at hand
+            save_class_figures(ddpm, losses, settings, out_dir, note)
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command resumes from the last checkpoint.")

@@ -19,10 +19,10 @@ What is new is marked `NEW in 05`: read section 5, and in section 6 `loss`, `pre
 section 9 puts the two stages together. U-Net and training are those of 02, the sampler that of 04.
 
 The script leaves in `outputs/05_latent_diffusion/` reconstructions by the VAE, and images that it
-decodes from noise (`autoencoder.png`), the latents (`latents.png`, `latent_scale.png`), the cost of
-diffusion on pixels and on latents (`cost.png`), interpolations between images
-(`interpolation.png`), and the other files of 02. Each stage has a checkpoint of its own. With
-`python -i`, or after `ldm = load("outputs/05_latent_diffusion/checkpoint.pt")`:
+decodes from noise (`autoencoder.png`), the latents (`latents.png`, `latent_scale.png`),
+interpolations between images (`interpolation.png`), and the other files of 02. Stage 1 saves its
+network in `vae.pt`, stage 2 both networks in `checkpoint.pt`. After `python -i`, or
+`ldm = LatentDiffusion.load("outputs/05_latent_diffusion/checkpoint.pt")`:
 `ldm.sample(n=16, ddim_steps=50)`; of images x, `ldm.decode(ldm.encode(x))`.
 
 LDM = Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models,
@@ -44,12 +44,11 @@ v_pred          v̂_θ(z_t, t)        (B, 4, h, h)        the prediction of √�
 # %% 1. Settings: edit and run again
 
 import copy
-import hashlib
-import io
 import math
 import os
 import socket
 import sys
+import tempfile
 from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
@@ -73,7 +72,6 @@ from utils.visualize import (
     latent_scaling,
     sample_grid,
     save_results,
-    table,
 )
 
 ON_GPU = torch.cuda.is_available()  # selects the larger defaults below
@@ -105,7 +103,7 @@ DATA_DIR = "data"  # datasets are looked for and downloaded here
 OUT_DIR = "outputs/05_latent_diffusion"  # results are saved here
 
 
-# %% 2. Data
+# %% 2. Data and device
 
 
 def read_image(file, size):
@@ -180,6 +178,41 @@ def hold_out(images, name, folder):
     return images[~held_out], images[held_out][:1000]
 
 
+def to_batch(images, flip=False):
+    """Turn images, uint8 0 ... 255, into float -1 ... 1; with flip, mirror about half of them."""
+    x_0 = images.float() / 127.5 - 1
+    if flip:
+        mirrored = torch.rand(len(x_0), 1, 1, 1, device=x_0.device) < 0.5
+        x_0 = torch.where(mirrored, x_0.flip(3), x_0)
+    return x_0
+
+
+def pick_device():
+    """Return the GPU if there is one, else the CPU."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    return gpu or torch.device("cpu")
+
+
+def best_precision(device):
+    """Return the fastest dtype here that trains well: bfloat16, float16 or float32.
+
+    bfloat16 has float32's range with fewer digits. float16, for older GPUs, has a smaller range:
+    small gradients would become zero without the GradScaler in `train`.
+    """
+    if device.type != "cuda":
+        return torch.float32
+    modern = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if modern else torch.float16
+
+
+def best_layout(device):
+    """Return the memory layout that makes convolutions fast: the channels of a pixel together.
+
+    On two CPU cores, a network evaluation is 15 % faster. Apple's GPUs gave wrong results with it.
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 # %% 3. Noise schedule and forward process
 
 
@@ -200,6 +233,9 @@ def cosine_beta_schedule(T):
     f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
     # β_t = 1 − ᾱ_t / ᾱ_{t−1}. The last would be 1 and ᾱ_T 0, so β is cut off at 0.999.
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
 
 
 def q_sample(x_0, t, noise, alphas_cumprod):
@@ -284,10 +320,10 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict the noise (05: v) in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
+    """Predict the noise in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
 
-    This is the network of 02 to 04 for MNIST on a CPU, with NUM_BLOCKS = 1 and BASE_CH = 16. Every
-    output on the left is a skip. (05 has two levels, 8 × 8 and 4 × 4.)
+    This is the network for MNIST with BASE_CH = 16, CHANNEL_MULT = (1, 2, 4) and NUM_BLOCKS = 1.
+    Every output on the left is a skip.
 
     28 × 28   conv_in (16) → block (16) ───── 2 skips ────→ 2 blocks (16) → conv_out
                 ↓ shrink                                      ↑ grow
@@ -303,7 +339,8 @@ class UNet(nn.Module):
     def __init__(self, shape, base_ch, ch_mult, num_blocks, attention_at, dropout, precision):
         super().__init__()
         channels, side, _ = shape
-        assert side % 2 ** (len(ch_mult) - 1) == 0, f"{side} pixels cannot be halved so often"
+        if side % 2 ** (len(ch_mult) - 1):
+            sys.exit(f"CHANNEL_MULT = {ch_mult} halves {side} pixels too often: shorten it.")
         self.precision, time_dim = precision, 4 * base_ch
         self.time = nn.Sequential(
             nn.Linear(2 * base_ch, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
@@ -338,12 +375,19 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(ch, channels, 3, padding=1))
 
     def forward(self, x_t, t):
+        return self.predict(x_t, self.embed(t))
+
+    def embed(self, t):
+        """Return what the blocks learn of t (B,): (B, time_dim)."""
+        return self.time(timestep_embedding(t, self.time[0].in_features))
+
+    def predict(self, x_t, time):
+        """Return the prediction for x_t (B, C, side, side), given an embedding (B, time_dim)."""
         # Mixed precision: matrix products use 16 bits if the GPU is fast at that. Weights, sums
         # over many values and everything outside the network stay float32.
         mixed = self.precision != torch.float32
         with torch.autocast(x_t.device.type, self.precision, enabled=mixed):
-            time = self.time(timestep_embedding(t, self.time[0].in_features))
-            time = F.silu(time)  #                                       (B, time_dim)
+            time = F.silu(time)
             h = self.conv_in(x_t)  #                                     (B, base_ch, side, side)
             skips = [h]
             for level, blocks in enumerate(self.down):
@@ -360,6 +404,9 @@ class UNet(nn.Module):
                 for block in blocks:
                     h = block(torch.cat([h, skips.pop()], dim=1), time)
             return self.conv_out(F.silu(self.norm_out(h))).float()  #    (B, C, side, side)
+
+
+NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # after the shape
 
 
 # %% 5. VAE and the scale of its latents: NEW in 05
@@ -389,6 +436,8 @@ class VAE(nn.Module):
 
     def __init__(self, image_shape, base_ch, latent_ch, downsample=4):
         super().__init__()
+        if downsample not in (2, 4, 8):
+            sys.exit(f"DOWNSAMPLE = {downsample} does not work: use 2, 4 or 8.")
         channels, side, _ = image_shape
         padding = -side % (2 * downsample)
         before, small = padding // 2, (side + padding) // downsample
@@ -416,6 +465,7 @@ class VAE(nn.Module):
             conv_out=nn.Conv2d(base_ch, channels, 3, padding=1),
         )
         self.encoder, self.decoder = nn.Sequential(encoder), nn.Sequential(decoder)
+        self.register_buffer("scale", torch.ones(()))  # see encode_all; saved with the weights
 
     def encode(self, x):
         """Return mean and log variance (B, latent_ch, h, h) of the latents of x (B, C, H, W).
@@ -471,7 +521,7 @@ def vae_loss(x, reconstruction, mean, log_variance, kl_weight):
 
 @torch.no_grad()
 def encode_all(vae, images, batch_size):
-    """NEW in 05. Return mean and standard deviation of the latents of images, and their scale.
+    """NEW in 05. Return mean and standard deviation of the latents of images; set vae.scale.
 
     images: uint8 (N, C, H, W). mean, deviation: (N, latent_ch, h, h). They are computed once and
     stored, so stage 2 never sees an image. scale: the factor that gives drawn latents variance 1.
@@ -490,7 +540,11 @@ def encode_all(vae, images, batch_size):
     # gets depends on its length and on KL_WEIGHT. With LDM's tiny weight, it does not get close:
     # Stable Diffusion's latents have a standard deviation of 5.5, so its factor is 0.18215.
     variance = mean.var() + deviation.square().mean()
-    return mean, deviation, 1 / variance.sqrt().item()
+    vae.scale.fill_(1 / variance.sqrt().item())
+    return mean, deviation
+
+
+AUTOENCODER = "VAE_CH", "LATENT_CH", "DOWNSAMPLE"  # the constants after the shape
 
 
 # %% 6. Loss and sampler
@@ -499,36 +553,35 @@ def encode_all(vae, images, batch_size):
 class LatentDiffusion:
     """NEW in 05. Diffusion on the latents of a VAE: v instead of ε, the sampler of 04, no clamp.
 
-    model: called as model(z_t, t), returns (B, latent_ch, h, h). vae: trained. scale: the factor
-    that gives the latents the variance 1. betas: float64 (T,), each in (0, 1).
+    model: called as model(z_t, t), returns (B, latent_ch, h, h). vae: a VAE, whose `scale` gives
+    the latents the variance 1. betas: float64 (T,), each in (0, 1).
     """
 
-    def __init__(self, model, vae, scale, betas, latent_shape, device):
-        self.model, self.vae, self.scale, self.T = model, vae, scale, len(betas)
-        self.betas, self.latent_shape, self.device = betas, latent_shape, device
-        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    def __init__(self, model, vae, betas, device):
+        self.model, self.vae, self.T, self.device = model, vae, len(betas), device
+        self.latent_shape, alphas_cumprod = vae.latent_shape, torch.cumprod(1 - betas, dim=0)
         self.alphas_cumprod = alphas_cumprod.float().to(device)
-        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # as in 04: [-1] is the clean latent's
+        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # as in 02: [-1] is the clean latent's
 
     @classmethod
-    def build(cls, state, device):
-        """Return the sampler that a checkpoint describes, with its averaged weights.
+    def build(cls, settings, device):
+        """Return an untrained VAE and U-Net with loss and sampler; settings: constants by name."""
+        vae = VAE(settings["IMAGE_SHAPE"], *[settings[name] for name in AUTOENCODER])
+        network = [settings[name] for name in NETWORK]
+        model = UNet(vae.latent_shape, *network, best_precision(device))
+        for module in vae, model:
+            module.to(device, memory_format=best_layout(device))
+        return cls(model, vae, SCHEDULES[settings["SCHEDULE"]](settings["T"]), device)
 
-        state: the contents of the checkpoint: "settings", the constants by name, "extras", the VAE
-        and the scale of its latents, and "averaged", the weights of the U-Net. Without the last,
-        the U-Net is untrained.
-        """
-        settings, extras = state["settings"], state["extras"]
-        vae = VAE(*[settings[name] for name in AUTOENCODER])
-        vae.load_state_dict(extras["vae"])
-        betas = SCHEDULES[settings["SCHEDULE"]](settings["T"])
-        model = UNet(*[settings[name] for name in NETWORK], best_precision(device))
-        if "averaged" in state:
-            model.load_state_dict(state["averaged"])
-            model.eval().requires_grad_(False)
-        for network in model, vae.eval().requires_grad_(False):
-            network.to(device, memory_format=best_layout(device))
-        return cls(model, vae, extras["scale"], betas, vae.latent_shape, device)
+    @classmethod
+    def load(cls, path):
+        """Return the trained networks in a checkpoint of stage 2; as in 02."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        trained = cls.build(state["settings"], pick_device())
+        for module, name in (trained.model, "averaged"), (trained.vae, "vae"):
+            module.load_state_dict(state[name])
+            module.eval().requires_grad_(False)
+        return trained
 
     def loss(self, z_0):
         """Return the loss of scaled latents z_0 (B, latent_ch, h, h): LDM Eq. 2, but with v."""
@@ -614,76 +667,16 @@ class LatentDiffusion:
         need becomes N(0, 1), so its μ is 0.
         """
         mean, log_variance = self.vae.encode(x)
-        return (mean if draw is None else mean + (log_variance / 2).exp() * draw) * self.scale
+        z = mean if draw is None else mean + (log_variance / 2).exp() * draw
+        return z * self.vae.scale
 
     @torch.no_grad()
     def decode(self, z):
         """Return the images (B, C, H, W) in [-1, 1] of scaled latents z (B, latent_ch, h, h)."""
-        return self.vae.decode(z / self.scale)
+        return self.vae.decode(z / self.vae.scale)
 
 
-def update_average(averaged, model, step, ema_decay):
-    """NEW in 02. Move averaged weights a little towards the model's, after training step `step`.
-
-    Exponential moving average:  average ← decay · average + (1 − decay) · weights.  While the
-    learning rate is high, the weights fluctuate from step to step, and samples are better with
-    their average; at the end, when the rate is near zero, the two hardly differ. The average covers
-    about 1 / (1 − decay) steps, 10,000 for 0.9999. Early on, these would include the random initial
-    weights, so decay is smaller, and the average covers only a ninth of the steps so far.
-    """
-    decay = min(ema_decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        for average, weight in zip(averaged.parameters(), model.parameters()):
-            average.lerp_(weight, 1 - decay)
-
-
-SAMPLER = LatentDiffusion  # what a checkpoint of this script holds
-SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
-AUTOENCODER = "IMAGE_SHAPE", "VAE_CH", "LATENT_CH", "DOWNSAMPLE"  # NEW in 05
-NETWORK = "LATENT_SHAPE", "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"
-FIXED_VAE = "DATASET", *AUTOENCODER, "KL_WEIGHT", "VAE_EPOCHS"  # NEW in 05
-FIXED = "VAE", *FIXED_VAE, "T", "SCHEDULE", *NETWORK  # must match a checkpoint to resume
-
-
-def load(path):
-    """Return the sampler in a checkpoint, with the averaged weights: load(path).sample(n=16).
-
-    The checkpoint describes itself: the constants at the top of this file have no influence.
-    """
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return SAMPLER.build(state, pick_device())
-
-
-# %% 7. Training: nothing about diffusion from here on
-
-
-def best_precision(device):
-    """Return the fastest dtype here that trains well: bfloat16, float16 or float32.
-
-    bfloat16 has float32's range with fewer digits. float16, for older GPUs, has a smaller range:
-    small gradients would become zero without the GradScaler in `Trainer`.
-    """
-    if device.type != "cuda":
-        return torch.float32
-    modern = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if modern else torch.float16
-
-
-def best_layout(device):
-    """Return the memory layout that makes convolutions fast: the channels of a pixel together.
-
-    On two CPU cores, a network evaluation is 15 % faster. Apple's GPUs gave wrong results with it.
-    """
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
-def to_batch(images, flip=False):
-    """Turn images, uint8 0 ... 255, into float -1 ... 1; with flip, mirror about half of them."""
-    x_0 = images.float() / 127.5 - 1
-    if flip:
-        mirrored = torch.rand(len(x_0), 1, 1, 1, device=x_0.device) < 0.5
-        x_0 = torch.where(mirrored, x_0.flip(3), x_0)
-    return x_0
+# %% 7. Training
 
 
 class Muon(torch.optim.Optimizer):
@@ -731,157 +724,138 @@ def split_weights(model):
     return inner, outer
 
 
-def save_atomically(contents, path):
+def update_average(averaged, model, step, ema_decay):
+    """NEW in 02. Move averaged weights a little towards the model's, after training step `step`.
+
+    Exponential moving average:  average ← decay · average + (1 − decay) · weights.  While the
+    learning rate is high, the weights fluctuate from step to step, and samples are better with
+    their average; at the end, when the rate is near zero, the two hardly differ. The average covers
+    about 1 / (1 − decay) steps, 10,000 for 0.9999. Early on, these would include the random initial
+    weights, so decay is smaller, and the average covers only a ninth of the steps so far.
+    """
+    decay = min(ema_decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for average, weight in zip(averaged.parameters(), model.parameters()):
+            average.lerp_(weight, 1 - decay)
+
+
+# Nothing below is about diffusion: it is what every long training run needs. Skim it.
+
+
+def save(state, path):
     """Save to a temporary file and rename it: an interruption leaves the old file intact."""
-    buffer = io.BytesIO()
-    torch.save(contents, buffer)  # not to a file: a full disk would end Python without a message
     partial = path.with_name(f"{path.name}.part")
     with partial.open("wb") as file:
-        file.write(buffer.getbuffer())
+        torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())  # waits until the disk has it: this survives a power cut
     os.replace(partial, path)
 
 
-class Trainer:
-    """Trains a network; a new Trainer resumes from the last checkpoint, however the old one ended.
+def resume(parts, settings, fixed, path):
+    """Load a checkpoint into parts, modules and optimizers by name; return images seen and losses.
 
-    On a CPU, the result is the same as without the interruption, to the last bit. A GPU may add
-    numbers in a different order.
+    If that is impossible, end the program and leave the file as it is.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name in fixed:
+            if state["settings"][name] != settings[name]:
+                old, new = state["settings"][name], settings[name]
+                raise ValueError(f"{name} was {old!r} and now is {new!r}")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["seen"], state["losses"]
+    except Exception as error:  # also for a damaged file, or another program's
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        hint = "To start from scratch, delete the file or set another OUT_DIR."
+        sys.exit(f"Cannot resume from {path} ({reason}). {hint}")
+
+
+def join_processes():
+    """Return the number of this process and how many there are: torchrun starts one per GPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        gpus, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+        if local >= gpus > 0:
+            sys.exit(f"There are {gpus} GPUs here: use --nproc_per_node={gpus}.")
+        if gpus:
+            torch.cuda.set_device(local)  # from here on, "cuda" means this process's GPU
+        dist.init_process_group("nccl" if gpus and dist.is_nccl_available() else "gloo")
+        sys.stdout = sys.stdout if rank == 0 else None  # one process prints for all
+    return rank, world
+
+
+def train(model, loss, count, settings, fixed, path, preview=None, **extras):
+    """Train the model; return a copy of it with averaged weights, and the loss of each step.
+
+    Training resumes from the checkpoint at path, if there is one, however the last run ended. On a
+    CPU, the result is the same as without the interruption, to the last bit. A GPU may add numbers
+    in a different order.
 
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
-    settings: the constants by name, saved in the checkpoint. fixed: the names of constants that
-    must be the same as in the checkpoint. path: the checkpoint. rank: the number of this process.
-    world: how many processes there are.
+    settings: the constants by name. fixed: the names of those that must be as in the checkpoint.
+    preview: called every PREVIEW_EVERY minutes with the number of steps so far, right after a
+    checkpoint; it has no influence on the training. extras: other modules for the checkpoint.
     """
-
-    STATES = "model", "averaged", "muon", "adam"  # have a state_dict each
-    VALUES = "step", "losses", "extras"
-
-    def __init__(self, model, loss, count, settings, fixed, path, rank=0, world=1):
-        self.model, self.loss, self.count, self.settings = model, loss, count, settings
-        self.path, self.rank, self.world = path, rank, world
-        self.averaged = copy.deepcopy(model).eval().requires_grad_(False)  # these weights sample
-        inner, outer = split_weights(model)
-        self.muon = Muon(inner, lr=0)  # train_step sets both learning rates
-        self.adam = torch.optim.Adam(outer, 0, betas=(0.9, 0.99), fused=True)
-        self.device, float16 = outer[0].device, getattr(model, "precision", None) == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=float16)
-        self.step, self.losses, self.recent = 0, [], []
-        self.extras = {}  # whatever else the checkpoint should hold
-        self.total_steps = max(1, settings["EPOCHS"] * count // settings["BATCH_SIZE"])
-        if path.exists():
-            self.resume(fixed)
-
-    def resume(self, fixed):
-        """Resume from the checkpoint; if that is impossible, end the program and keep the file."""
-        begin = f"Cannot go on from {self.path}:"
-        hint = "To start from scratch, delete the file or set another OUT_DIR."
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            for name in fixed:
-                old, new = state["settings"][name], self.settings[name]
-                if old != new:
-                    sys.exit(f"{begin} {name} was {old!r} and now is {new!r}. {hint}")
-            for name in self.STATES:
-                getattr(self, name).load_state_dict(state[name])
-            for name in self.VALUES:
-                setattr(self, name, state[name])
-            # Another BATCH_SIZE changes the number of steps; the share of them done stays the same.
-            before = max(1, self.settings["EPOCHS"] * self.count // state["settings"]["BATCH_SIZE"])
-            self.step = self.step * self.total_steps // before
-        except Exception as error:  # cut short, damaged, another program's file
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            sys.exit(f"{begin} it cannot be read as a checkpoint of this script ({reason}). {hint}")
-        print(f"Going on from {self.path}, step {self.step:,} of {self.total_steps:,}.")
-
-    def save(self):
-        """Write the checkpoint, unless the loss or a weight is not finite: then end the program."""
-        self.losses += [loss.item() for loss in self.recent]
-        self.recent.clear()
-        weights = torch.stack([weight.detach().sum() for weight in self.model.parameters()])
-        if not math.isfinite(sum(self.losses) + weights.sum().item()):
-            sys.exit(
-                f"\nThe loss or a weight became NaN or infinite before step {self.step}. Usually "
-                f"LEARNING_RATE = {self.settings['LEARNING_RATE']} is too high: halve it. The last "
-                "checkpoint is intact."
-            )
-        if self.rank == 0:
-            state = {name: getattr(self, name).state_dict() for name in self.STATES}
-            state |= {name: getattr(self, name) for name in self.VALUES}
-            save_atomically({"settings": self.settings, **state}, self.path)
-
-    def train_step(self):
-        """Learn from a batch of images drawn at random; return the loss, a tensor on the device."""
-        # The step's number seeds everything random in a step: images, t, noise, dropout, mirroring.
-        # So resuming needs no other random state.
-        torch.manual_seed(hash((self.settings["SEED"], self.step, self.rank)))
-        size = math.ceil(self.settings["BATCH_SIZE"] / self.world)  # each GPU has its share
-        loss = self.loss(torch.randint(self.count, (size,), device=self.device))
-        # The learning rate rises for 5 % of the steps and then falls to zero along a cosine.
-        rise = (self.step + 1) / (0.05 * self.total_steps)
-        fall = 0.5 + 0.5 * math.cos(math.pi * self.step / self.total_steps)
-        rate = self.settings["LEARNING_RATE"] * min(rise, fall)
-        # Adam has a fifth of Muon's rate: at most 0.004, as in 01.
-        self.muon.param_groups[0]["lr"], self.adam.param_groups[0]["lr"] = rate, rate / 5
-        self.model.zero_grad()
-        self.scaler.scale(loss).backward()  # the scaler acts only in float16
-        for optimizer in self.muon, self.adam:
-            self.scaler.unscale_(optimizer)
-        # Both optimizers average past gradients, and no outlier batch should dominate the average.
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.muon, self.adam:  # neither, if float16 gradients became infinite
-            if not self.scaler.is_enabled() or norm.isfinite():
-                self.scaler.step(optimizer)
-        self.scaler.update()
-        self.step += 1
-        update_average(self.averaged, self.model, self.step, self.settings["EMA_DECAY"])
-        return loss.detach()
-
-    def run(self):
-        """Train to the end; save a checkpoint every SAVE_EVERY, yield every PREVIEW_EVERY minutes.
-
-        What the caller does when this yields has no influence on the training.
-        """
-        size, saved, shown = self.settings["BATCH_SIZE"], now(), now()
-        save_every = 60 * self.settings["SAVE_EVERY"]  # seconds
-        preview_every = 60 * self.settings["PREVIEW_EVERY"]
-        sizes = {"total": self.total_steps * size, "initial": self.step * size}
-        with tqdm(desc="Training", unit=" images", disable=self.rank > 0, **sizes) as bar:
-            while self.step < self.total_steps:
-                self.recent.append(self.train_step())  # no .item(): it would wait for the GPU
-                bar.update(size)
-                if self.step % 50 == 0:
-                    bar.set_postfix(loss=f"{torch.stack(self.recent[-50:]).mean():.4f}")
-                if self.step == self.total_steps or now() - saved > save_every:
-                    self.save()
-                    saved = now()
-                if self.step < self.total_steps and now() - shown > preview_every:
-                    yield
-                    shown = now()
-
-
-def digest_of(network):
-    """NEW in 05. Return a few letters that change whenever a weight of network does."""
-    weights = b"".join(weight.detach().cpu().numpy().tobytes() for weight in network.parameters())
-    return hashlib.sha256(weights).hexdigest()[:12]
-
-
-def train_vae(vae, images, settings, path, rank, world):
-    """NEW in 05. Stage 1: train vae on images, uint8 (N, C, H, W); return its average."""
-    parallel = nn.parallel.DistributedDataParallel(vae) if world > 1 else vae
-
-    def loss(index):
-        x = to_batch(images[index], settings["FLIP"])
-        return vae_loss(x, *parallel(x), settings["KL_WEIGHT"])
-
-    settings = settings | {"EPOCHS": settings["VAE_EPOCHS"]}  # Trainer knows it as EPOCHS
-    trainer = Trainer(vae, loss, len(images), settings, FIXED_VAE, path, rank, world)
-    size = sum(weight.numel() for weight in vae.parameters())
-    print(f"Stage 1 of 2, an autoencoder for {len(images):,} images, {size:,} parameters")
-    for _ in trainer.run():
-        pass  # no previews here
-    return trainer.averaged
+    rank, world = join_processes()
+    device, size = next(model.parameters()).device, settings["BATCH_SIZE"]
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)  # these weights sample
+    inner, outer = split_weights(model)
+    muon = Muon(inner, lr=0)  # each step sets both learning rates
+    adam = torch.optim.Adam(outer, lr=0, betas=(0.9, 0.99), fused=True)
+    float16 = getattr(model, "precision", None) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=float16)  # otherwise it changes nothing
+    parts = {"model": model, "averaged": averaged, "muon": muon, "adam": adam, **extras}
+    seen, total, losses, recent = 0, math.ceil(settings["EPOCHS"] * count), [], []
+    if path.exists():
+        seen, losses = resume(parts, settings, fixed, path)
+        print(f"Resuming from {path}, after {seen:,} of {total:,} images.")
+    saved = shown = now()
+    with tqdm(None, "Training", total, initial=seen, unit=" images", disable=rank > 0) as bar:
+        while seen < total:
+            # This number seeds everything random in a step: images, t, noise, dropout, mirroring.
+            # So resuming needs no other random state.
+            torch.manual_seed(hash((settings["SEED"], seen, rank)))
+            index = torch.randint(count, (math.ceil(size / world),), device=device)
+            batch_loss = loss(index)
+            scaler.scale(batch_loss).backward()
+            for optimizer in muon, adam:
+                scaler.unscale_(optimizer)
+            # Both optimizers average past gradients; no outlier batch should dominate the average.
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            # The learning rate rises for 5 % of the images and then falls to zero along a cosine.
+            rise = (seen + size) / (0.05 * total)
+            fall = 0.5 + 0.5 * math.cos(math.pi * seen / total)
+            rate = settings["LEARNING_RATE"] * min(rise, fall)
+            for optimizer, part in (muon, 1), (adam, 5):  # Adam: at most 0.004, as in 01
+                optimizer.param_groups[0]["lr"] = rate / part
+                if not float16 or norm.isfinite():  # float16 gradients may become infinite
+                    scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+            recent.append(batch_loss.detach())  # no .item(): it would wait for the GPU
+            step = len(losses) + len(recent)
+            update_average(averaged, model, step, settings["EMA_DECAY"])
+            seen += size
+            bar.update(min(size, total - bar.n))
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{torch.stack(recent[-50:]).mean():.4f}")
+            show = preview and seen < total and now() - shown > 60 * settings["PREVIEW_EVERY"]
+            if show or seen >= total or now() - saved > 60 * settings["SAVE_EVERY"]:
+                losses += torch.stack(recent).tolist()
+                recent.clear()
+                weights = torch.stack([weight.detach().sum() for weight in model.parameters()])
+                if not math.isfinite(sum(losses) + weights.sum().item()):
+                    sys.exit(f"\nNaN before step {step}: halve LEARNING_RATE. The file is intact.")
+                if rank == 0:
+                    state = {name: part.state_dict() for name, part in parts.items()}
+                    save({"settings": settings, "seen": seen, "losses": losses, **state}, path)
+                saved = now()
+            if show:
+                preview(step)
+                shown = now()
+    return averaged, losses
 
 
 # %% 8. Figures
@@ -912,77 +886,8 @@ def save_autoencoder_figures(ldm, latents, x, settings, folder, note):
     image_table(rows, folder / "autoencoder.png", (), title, note)
     channels = (z[:12] / 2).transpose(0, 1)  # (latent_ch, 12, 8, 8), mostly within ±1
     latent_pictures(x[:12], channels, folder / "latents.png", note=note)
-    path, unscaled = folder / "latent_scale.png", latents / ldm.scale
-    latent_scaling(unscaled, ldm.scale, ldm.alphas_cumprod.cpu(), path, note=note)
-
-
-def save_latent_preview(ldm, trainer, ddim_steps, folder, note):
-    """NEW in 05. Save 16 samples."""
-    torch.manual_seed(trainer.settings["SEED"])  # the same noise each time: watch it change
-    samples = ldm.sample(min(16, trainer.settings["BATCH_SIZE"]), ddim_steps)
-    path, title = folder / f"samples_step_{trainer.step:06}.png", f"After {trainer.step:,} steps"
-    sample_grid(samples, path, title, note)
-
-
-def training_cost(loss):
-    """NEW in 05. Return seconds and megabytes of loss() and its gradients, without the optimizers.
-
-    The memory is what the network stores to compute gradients, weights included; it grows with the
-    batch. Gradients, optimizers and averaged weights add three to four times the size of the
-    weights, for pixels as for latents.
-    """
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    loss().backward()  # the first step is slow: it does not count
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = loss()
-    result.backward()
-    result.item()  # a GPU runs behind: wait, or the time would include the step above
-    start = now()
-    for _ in range(2):
-        result = loss()
-        result.backward()
-    result.item()  # waits until a GPU is done
-    return (now() - start) / 2, sum(kept.values()) / 1e6
-
-
-def save_costs(ldm, settings, folder, note, sides=(32, 64, 128), batch=4):
-    """NEW in 05. Print and save what diffusion costs on pixels and on latents, at one width.
-
-    Both U-Nets have BASE_CH channels at each position, and attention only in their middle, at half
-    the side; latents have DOWNSAMPLE² times fewer positions.
-    """
-    lines, device, (channels, *_) = [], ldm.device, settings["IMAGE_SHAPE"]
-    network = settings["BASE_CH"], (1, 2), settings["NUM_BLOCKS"], (), 0.0
-    steps = min(10, ldm.T)
-    for side in sides:
-        x = torch.rand(batch, channels, side, side, device=device) * 2 - 1
-        vae = VAE(x.shape[1:], *[settings[name] for name in AUTOENCODER[1:]])
-        vae.to(device, memory_format=best_layout(device))
-        costs = []
-        for shape, decode in (x.shape[1:], lambda z: z), (vae.latent_shape, vae.decode):
-            model = UNet(shape, *network, ldm.model.precision)
-            model.to(device, memory_format=best_layout(device))
-            other = LatentDiffusion(model, vae, 1.0, ldm.betas, shape, device)
-            other.decode = decode
-            data = torch.randn(batch, *shape, device=device)
-            seconds, megabytes = training_cost(partial(other.loss, data))
-            other.sample(1, 1).cpu()  # the first evaluation is slow: it does not count
-            start = now()
-            other.sample(1, steps).cpu()
-            costs.append([1000 * seconds, megabytes, 1000 * (now() - start)])
-        what = f"ms per training step of {batch} images", "MB for its gradients"
-        for name, pixels, latents in zip((*what, f"ms per image, {steps} steps"), *costs):
-            cells = f"{pixels:.0f}", f"{latents:.0f}", f"{pixels / latents:.1f} ×"
-            lines.append([f"{side} × {side}: {name}", *cells])
-        seconds, _ = training_cost(lambda x=x, vae=vae: vae_loss(x, *vae(x), 0.002))
-        lines.append([f"{side} × {side}: ms per step of the VAE", "", f"{1000 * seconds:.0f}", ""])
-    title = f"One U-Net on pixels and on latents, on {device}"
-    table(["", "pixels", "latents", "ratio"], lines, folder / "cost.png", title, note)
+    path, scale = folder / "latent_scale.png", ldm.vae.scale.item()
+    latent_scaling(latents / scale, scale, ldm.alphas_cumprod.cpu(), path, note=note)
 
 
 def save_latent_interpolation(ldm, x, seed, folder, note, points=9):
@@ -1010,154 +915,128 @@ def save_latent_interpolation(ldm, x, seed, folder, note, points=9):
     image_table(rows, folder / "interpolation.png", shares, title, note)
 
 
-def save_latent_figures(ldm, trainer, x, folder, note):
+def save_latent_figures(ldm, losses, x, settings, folder, note):
     """NEW in 05. Sample 36 images and save the figures; x: test images (B, C, H, W) in [-1, 1]."""
-    settings, frames = trainer.settings, []
+    frames, title = [], f"From latents, DDIM, {settings['DDIM_STEPS']} steps"
     size, steps = settings["BATCH_SIZE"], settings["DDIM_STEPS"]
     torch.manual_seed(settings["SEED"])
     samples = sample_in_parts(partial(ldm.sample, ddim_steps=steps), 36, size, frames)
-    save_results(
-        folder, samples, frames, trainer.losses, note, f"From latents, DDIM, {steps} steps"
-    )
+    save_results(folder, samples, frames, losses, note, title)
     save_latent_interpolation(ldm, x, settings["SEED"], folder, note)
-    save_costs(ldm, settings, folder, note)
 
 
 # %% 9. Run
 
-
-def pick_device():
-    """Return the GPU if there is one, else the CPU."""
-    gpu = torch.accelerator.current_accelerator(check_available=True)
-    return gpu or torch.device("cpu")
-
-
-def join_processes():
-    """Return the number of this process and how many there are: torchrun starts one per GPU."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    gpus = torch.cuda.device_count()
-    if world > gpus > 0:
-        sys.exit(1 if rank else f"{world} processes but {gpus} GPUs: use --nproc_per_node={gpus}.")
-    if world > 1:
-        if gpus:
-            torch.cuda.set_device(rank)  # from here on "cuda" means this process's GPU
-        dist.init_process_group("nccl" if gpus and dist.is_nccl_available() else "gloo")
-    if rank > 0:
-        sys.stdout = io.StringIO()  # one process prints for all
-    return rank, world
-
-
-def end_with_one_line(kind, error, traceback):
-    """Print one line instead of a traceback if the program was ended by Ctrl-C."""
-    if kind is not KeyboardInterrupt:
-        return sys.__excepthook__(kind, error, traceback)
-    print("\nStopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-
-
-def is_whole(value, lowest=1):
-    return isinstance(value, int) and value >= lowest
-
-
-def is_writable(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    return os.access(folder, os.W_OK)
-
-
-CHECKS = (  # constants, the condition that each must meet, and the same in words
-    ("IMAGE_SIZE BASE_CH NUM_BLOCKS EPOCHS BATCH_SIZE", is_whole, "a whole number from 1"),
-    # NEW in 05
-    ("LATENT_CH VAE_CH VAE_EPOCHS", is_whole, "a whole number from 1"),
-    ("DOWNSAMPLE", lambda v: v in (2, 4, 8), "2, 4 or 8"),
-    ("KL_WEIGHT", lambda v: 0 <= v <= 100, "a number from 0 to 100"),
-    ("T", lambda v: is_whole(v, 2), "a whole number from 2"),
-    ("DDIM_STEPS", lambda v: is_whole(v) and v <= T, "a whole number from 1 to T"),  # NEW in 04
-    ("SEED", lambda v: is_whole(v, 0), "a whole number from 0"),
-    ("SCHEDULE", lambda v: v in SCHEDULES, "'linear' or 'cosine'"),
-    ("CHANNEL_MULT", lambda v: v and all(map(is_whole, v)), "like (1, 2, 4)"),
-    ("ATTENTION_AT", lambda v: all(map(is_whole, v)), "like (14, 16), or ()"),
-    ("DROPOUT EMA_DECAY", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
-    ("LEARNING_RATE", lambda v: 0 < v <= 1, "a number above 0, at most 1"),
-    ("SAVE_EVERY PREVIEW_EVERY", lambda v: v > 0, "a number of minutes above 0"),
-    ("FLIP COMPILE", lambda v: isinstance(v, bool), "True or False"),
-    ("DATASET DATA_DIR", Path, "a name or a path"),
-    ("OUT_DIR", is_writable, "a folder in which files can be made"),
+FIXED = (
+    "DATASET",
+    "IMAGE_SHAPE",
+    "T",
+    "SCHEDULE",
+    *NETWORK,
+)  # must match a checkpoint to resume from it
+LIMITS = (  # constants, what each must be, the lowest and the highest value
+    ("IMAGE_SIZE BASE_CH NUM_BLOCKS BATCH_SIZE", "a whole number", 1, 100_000),
+    ("CHANNEL_MULT ATTENTION_AT", "whole numbers", 1, 100_000),
+    ("T", "a whole number", 2, 100_000),
+    ("SEED", "a whole number", 0, 2**63 - 1),
+    ("EPOCHS SAVE_EVERY PREVIEW_EVERY", "a number", 1e-9, 1e9),
+    ("LEARNING_RATE", "a number", 1e-9, 1),
+    ("DROPOUT EMA_DECAY", "a number", 0, 0.999999),
+    ("FLIP COMPILE", "a choice", False, True),
+)
+TYPES = {"a whole number": int, "whole numbers": int, "a number": int | float, "a choice": bool}
+# NEW in 05
+FIXED_VAE = "DATASET", "IMAGE_SHAPE", *AUTOENCODER, "KL_WEIGHT"  # the same for stage 1
+FIXED += (*AUTOENCODER, "KL_WEIGHT", "VAE_EPOCHS")
+LIMITS += (
+    ("LATENT_CH VAE_CH", "a whole number", 1, 100_000),
+    ("DOWNSAMPLE", "a whole number", 2, 8),
+    ("VAE_EPOCHS", "a number", 1e-9, 1e9),
+    ("KL_WEIGHT", "a number", 0, 100),
+    ("DDIM_STEPS", "a whole number", 1, T),
 )
 
 
-def check_settings(constants):
-    """Return the constants by name as plain Python; end the program if one cannot work."""
-    settings = {}
-    for names, works, allowed in CHECKS:
+def check(constants):
+    """Return the settings of a training run, and OUT_DIR; end the program if one cannot work."""
+    settings, out_dir = {"SCHEDULE": constants["SCHEDULE"]}, constants["OUT_DIR"]
+    if settings["SCHEDULE"] not in [*SCHEDULES]:
+        sys.exit(f"SCHEDULE = {settings['SCHEDULE']!r} does not work: use one of {[*SCHEDULES]}.")
+    for names, kind, low, high in LIMITS:
         for name in names.split():
             value = constants[name]
-            try:
-                value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers
-                value = tuple(value) if isinstance(value, list) else value
-                value = Path(value).expanduser() if "_DIR" in name else value
-                assert works(value)
-            except Exception:  # also what comes of None < 2
-                sys.exit(f"{name} = {value!r} does not work: it must be {allowed}.")
-            settings[name] = value
-    return settings
+            value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers
+            many = kind == "whole numbers"
+            values = tuple(value) if many and isinstance(value, list | tuple) else (value,)
+            if not all(isinstance(v, TYPES[kind]) and low <= v <= high for v in values):
+                sys.exit(f"{name} = {value!r} does not work: it must be {kind}, {low} to {high}.")
+            settings[name] = values if many else value
+    try:
+        out_dir = Path(out_dir).expanduser()
+        out_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out_dir).close()  # fails where nothing can be written
+    except Exception as error:
+        sys.exit(f"OUT_DIR = {constants['OUT_DIR']!r} does not work: {error}.")
+    return settings, out_dir
 
 
 if __name__ == "__main__":
-    sys.excepthook = end_with_one_line
-    settings = check_settings(globals())
-    globals().update(settings)  # from here on the constants are plain Python
-    data_dir, out_dir = settings.pop("DATA_DIR"), settings.pop("OUT_DIR")
+    settings, out_dir = check(globals())
     rank, world = join_processes()
     device = pick_device() if world == 1 or ON_GPU else torch.device("cpu")
-    for turn in range(world):
-        if turn == rank:  # the first process downloads, the others find the files
-            images, _, _, source = load_dataset(DATASET, data_dir, IMAGE_SIZE)
-        if world > 1:
-            dist.barrier()
-    images, test_images = hold_out(images, source, data_dir)  # NEW in 05
+    if rank > 0:
+        dist.barrier()  # the first process downloads; then the others find the files
+    images, _, _, source = load_dataset(DATASET, DATA_DIR, IMAGE_SIZE)
+    if rank == 0 and world > 1:
+        dist.barrier()
+    images, test_images = hold_out(images, source, DATA_DIR)  # NEW in 05
     count, *shape = images.shape
     settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape)}
-    images, x = images.to(device), to_batch(test_images.to(device))
-    note = f"{source}, VAE_EPOCHS = {VAE_EPOCHS}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
+    path, note = out_dir / "checkpoint.pt", f"{source}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
 
     torch.manual_seed(SEED)
     if ON_GPU:  # TF32: float32 products with fewer digits, several times as fast
         torch.set_float32_matmul_precision("high")
-    vae = VAE(*[settings[name] for name in AUTOENCODER])  # NEW in 05
-    settings["LATENT_SHAPE"], side = vae.latent_shape, vae.latent_shape[1]
-    if side % 2 ** (len(CHANNEL_MULT) - 1):
-        sys.exit(f"CHANNEL_MULT = {CHANNEL_MULT} halves {side} latents too often: shorten it.")
-    vae.to(device, memory_format=best_layout(device))
-    vae = train_vae(vae, images, settings, out_dir / "vae.pt", rank, world)  # NEW in 05
-    mean, deviation, scale = encode_all(vae, images, BATCH_SIZE)
-    settings["VAE"] = digest_of(vae)  # a stage 2 fits no other VAE than its own
-    torch.manual_seed(SEED)
-    extras = {"vae": vae.state_dict(), "scale": scale}
-    ldm = SAMPLER.build({"settings": settings, "extras": extras}, device)
-
-    def draw_latents(index):
-        z = mean[index] + deviation[index] * torch.randn_like(mean[index])  # NEW in 05
-        return scale * z
-
-    if rank == 0:
-        save_autoencoder_figures(ldm, draw_latents(slice(2000)), x, settings, out_dir, note)
-    model = ldm.model
+    ldm = LatentDiffusion.build(settings, device)
+    model, images, x = ldm.model, images.to(device), to_batch(test_images.to(device))
+    sizes = [sum(weight.numel() for weight in module.parameters()) for module in (ldm.vae, model)]
+    print(f"{count:,} images of {source}, {sizes[0]:,} + {sizes[1]:,} parameters, on {device}")
+    if COMPILE:
+        model.compile()
     if world > 1:  # equal weights everywhere, and the mean of all processes' gradients
         ldm.model = nn.parallel.DistributedDataParallel(model)
+    vae = nn.parallel.DistributedDataParallel(ldm.vae) if world > 1 else ldm.vae
+
+    def loss_of_vae(index):
+        x_0 = to_batch(images[index], FLIP)
+        return vae_loss(x_0, *vae(x_0), KL_WEIGHT)
+
+    def draw_latents(index):
+        return (mean[index] + deviation[index] * torch.randn_like(mean[index])) * ldm.vae.scale
 
     def loss(index):
         return ldm.loss(draw_latents(index))
 
-    path = out_dir / "checkpoint.pt"
-    trainer = Trainer(model, loss, count, settings, FIXED, path, rank, world)
-    trainer.extras = extras  # NEW in 05
-    size = sum(weight.numel() for weight in model.parameters())
-    print(f"Stage 2 of 2, diffusion on {count:,} latents, {size:,} parameters, on {device}")
-    if COMPILE:
-        model.compile()
-    for _ in trainer.run():  # pauses every PREVIEW_EVERY minutes
+    def preview(step):
+        torch.manual_seed(SEED)  # the same noise each time: watch it change
+        samples = LatentDiffusion.load(path).sample(min(16, BATCH_SIZE), DDIM_STEPS)
+        sample_grid(samples, out_dir / f"samples_step_{step:06}.png", f"After {step:,} steps", note)
+
+    try:
+        if path.exists():  # stage 1 is finished, and its VAE is in the checkpoint of stage 2
+            resume({"vae": ldm.vae.eval().requires_grad_(False)}, settings, FIXED, path)
+        else:
+            print("Stage 1 of 2: the autoencoder")
+            stage_1, vae_path = settings | {"EPOCHS": VAE_EPOCHS}, out_dir / "vae.pt"
+            ldm.vae, _ = train(ldm.vae, loss_of_vae, count, stage_1, FIXED_VAE, vae_path)
+        mean, deviation = encode_all(ldm.vae, images, BATCH_SIZE)
         if rank == 0:
-            trainer.save()
-            save_latent_preview(load(path), trainer, DDIM_STEPS, out_dir, note)
-    if rank == 0:
-        ldm = load(path)  # has the averaged weights; python -i keeps it at hand
-        save_latent_figures(ldm, trainer, x, out_dir, note)
+            save_autoencoder_figures(ldm, draw_latents(slice(2000)), x, settings, out_dir, note)
+        print("Stage 2 of 2: diffusion on its latents")
+        see = None if rank else preview
+        _, losses = train(model, loss, count, settings, FIXED, path, see, vae=ldm.vae)
+        if rank == 0:
+            ldm = LatentDiffusion.load(path)  # has the averaged weights; python -i keeps it at hand
+            save_latent_figures(ldm, losses, x, settings, out_dir, note)
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. The same command resumes from the last checkpoint.")

@@ -24,9 +24,30 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts find `utils` beside them; so must the tests
+
+from utils.visualize import STYLE, draw_digits  # noqa: E402
+
 # In the background a shell has Ctrl-C ignored, and whatever is started there inherits that. The
 # scripts that the tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Small settings for all scripts: a run trains for a few steps in a second.
+SMALL = {
+    "T": 5,
+    "IMAGE_SIZE": 16,
+    "BASE_CH": 4,
+    "CHANNEL_MULT": (1, 2),
+    "NUM_BLOCKS": 1,
+    "ATTENTION_AT": (7,),
+    "EPOCHS": 1,
+    "BATCH_SIZE": 20,
+    "SAMPLE_STEPS": 2,
+    "DDIM_STEPS": 2,
+    "VAE_CH": 2,
+    "VAE_EPOCHS": 1,
+}
+EACH_STEP = 1e-9  # minutes, for SAVE_EVERY and PREVIEW_EVERY
 
 
 def scripts():
@@ -79,6 +100,22 @@ class Project:
             text, count = re.subn(rf"(?m)^{name} = .*$", f"{name} = {value!r}", text)
             assert count == 1, f"{script} has no constant {name} at its head"
         path.write_text(text, encoding="utf-8")
+
+    def prepare(self, script, count=43, **constants):
+        """Edit a script to SMALL settings and these; if there are no data, lay digits as MNIST."""
+        if not (self.folder / "data").exists():
+            self.lay_mnist(*draw_digits(count, seed=1))
+        text = (self.folder / script).read_text(encoding="utf-8")
+        small = {n: v for n, v in SMALL.items() if re.search(rf"(?m)^{n} = ", text)}
+        self.edit(script, **{**small, **constants})
+
+    def folder_of(self, script):
+        """The folder in which a script leaves its results by default."""
+        return self.folder / "outputs" / Path(script).stem
+
+    def state(self, script, name="checkpoint.pt"):
+        """The contents of a checkpoint that a script has left."""
+        return torch.load(self.folder_of(script) / name, weights_only=True)
 
     def command(self, *arguments):
         """The command and the environment to run Python here."""
@@ -196,6 +233,33 @@ def project(tmp_path, monkeypatch):
     folder = tmp_path / "a folder with spaces"
     folder.mkdir()
     return Project(folder)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A Project in which 02 to 05 have been run, on 43 digits: leave it as you find it."""
+    project = Project(tmp_path_factory.mktemp("trained"))
+    for script in reversed(scripts()[1:]):  # 04 before 02, whose network it would use
+        project.prepare(script.name)
+        done = project.run_here(script.name)
+        assert done.returncode == 0, done.stderr
+    return project
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_figures():
+    """Draw figures small and without fitting their parts: most tests do not look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STYLE, "savefig.dpi", 50)
+        patch.setitem(STYLE, "figure.constrained_layout.use", False)
+        yield
+
+
+@pytest.fixture
+def real_figures(monkeypatch):
+    """Draw figures as a user gets them."""
+    monkeypatch.setitem(STYLE, "savefig.dpi", 130)
+    monkeypatch.setitem(STYLE, "figure.constrained_layout.use", True)
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.utils import make_grid
 
 __all__ = [
     "bars",
@@ -142,13 +143,14 @@ STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
+    "figure.constrained_layout.use": True,
     "savefig.dpi": 130,
 }
 
 
 def _figure(width, height, title, note=""):
     """An empty figure (inches) with a title and, in small grey letters below, what was run."""
-    fig = Figure(figsize=(width, height), layout="constrained")
+    fig = Figure(figsize=(width, height))
     fig.suptitle(title, fontsize=13)
     if note:
         fig.supxlabel(note, fontsize=8, color=GREY)
@@ -195,16 +197,10 @@ def _to_uint8(images):
 
 
 def _tile(images, columns, gap=2, background=255):
-    """Set images (B, C, H, W) into one picture, row by row: uint8 (height, width, 3)."""
-    images = _to_uint8(images)
-    count, high, wide, _ = images.shape
-    rows = math.ceil(count / columns)
-    shape = (rows * (high + gap) - gap, columns * (wide + gap) - gap, 3)
-    canvas = np.full(shape, background, dtype=np.uint8)
-    for i, image in enumerate(images):
-        y, x = (i // columns) * (high + gap), (i % columns) * (wide + gap)
-        canvas[y : y + high, x : x + wide] = image
-    return canvas
+    """Set images (B, C, H, W) into one picture, row by row, framed: uint8 (height, width, 3)."""
+    images = images.detach().float().cpu()
+    grid = make_grid(images, columns, gap, pad_value=background / 127.5 - 1)
+    return _to_uint8(grid[None])[0]
 
 
 def _show_tiles(ax, images, columns, column_names=(), row_names=(), gap=2):
@@ -212,8 +208,8 @@ def _show_tiles(ax, images, columns, column_names=(), row_names=(), gap=2):
     high, wide = images.shape[-2:]
     ax.imshow(_tile(images, columns, gap), interpolation="nearest")
     ax.xaxis.tick_top()
-    ax.set_xticks([i * (wide + gap) + wide / 2 for i in range(len(column_names))], column_names)
-    ax.set_yticks([i * (high + gap) + high / 2 for i in range(len(row_names))], row_names)
+    ax.set_xticks([(i + 0.5) * (wide + gap) for i in range(len(column_names))], column_names)
+    ax.set_yticks([(i + 0.5) * (high + gap) for i in range(len(row_names))], row_names)
     ax.tick_params(length=0, labelsize=9)
     ax.grid(False)
     ax.spines[:].set_visible(False)
