@@ -393,7 +393,7 @@ class DDPM:
     """A network that predicts noise, with its noise schedule, its loss and its sampler.
 
     model: called as model(x_t, t), returns (B, C, H, W). betas: float64 (T,), each in (0, 1).
-    image_shape: (C, H, W).
+    image_shape: (C, H, W). condition, in some methods: what else the model takes; nothing here.
     """
 
     def __init__(self, model, betas, image_shape, device):
@@ -429,9 +429,9 @@ class DDPM:
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖²
 
-    def predict_noise(self, x_t, t):
+    def predict_noise(self, x_t, t, *condition):
         """Return noise_pred (B, C, H, W), the noise in x_t at step t, an int."""
-        return self.model(x_t, torch.full((len(x_t),), t, device=self.device))
+        return self.model(x_t, torch.full((len(x_t),), t, device=self.device), *condition)
 
     def predict(self, x_t, t, *condition):
         """Return x_0_pred and noise_pred, (B, C, H, W) each, for x_t at step t, an int."""
@@ -470,7 +470,7 @@ class DDPM:
         steps: 1 ... T; raises ValueError for others. Without steps, there are T of them; 50 of 1000
         lead from t = 999 to 979 ... 19 and -1, the image. frames: a list to which up to 51 stages
         (t, x_t, x_0_pred) are appended, for the figures; the last stage holds the finished images
-        and has t = -1. condition: passed on to predict_noise, which takes none here.
+        and has t = -1.
         """
         steps = self.T if steps is None else steps
         if steps not in range(1, self.T + 1):
@@ -758,12 +758,12 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
     if path.exists():
         seen, losses = resume(parts, settings, fixed, path)
         print(f"Resuming from {path}, after {seen:,} of {total:,} images.")
-    saved = shown = now()
+    step, saved, shown = len(losses), now(), now()
     with tqdm(None, "Training", total, initial=seen, unit=" images", disable=rank > 0) as bar:
         while seen < total:
             # This number seeds everything random in a step: images, t, noise, dropout, mirroring.
             # So resuming needs no other random state.
-            torch.manual_seed(hash((settings["SEED"], seen, rank)))
+            torch.manual_seed(hash((settings["SEED"], step, rank)))
             index = torch.randint(count, (math.ceil(size / world),), device=device)
             batch_loss = loss(index)
             scaler.scale(batch_loss).backward()
@@ -781,10 +781,9 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
                     scaler.step(optimizer)
                 optimizer.zero_grad()
             scaler.update()
+            step, seen = step + 1, seen + size
             recent.append(batch_loss.detach())  # no .item(): it would wait for the GPU
-            step = len(losses) + len(recent)
             update_average(averaged, model, step, settings["EMA_DECAY"])
-            seen += size
             bar.update(min(size, total - bar.n))
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{torch.stack(recent[-50:]).mean():.4f}")
@@ -794,7 +793,8 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
                 recent.clear()
                 weights = torch.stack([weight.detach().sum() for weight in model.parameters()])
                 if not math.isfinite(sum(losses) + weights.sum().item()):
-                    sys.exit(f"\nNaN before step {step}: halve LEARNING_RATE. The file is intact.")
+                    hint = "Halve LEARNING_RATE and start again: the checkpoint is intact."
+                    sys.exit(f"\nThe loss or a weight is NaN or infinite by step {step}. {hint}")
                 if rank == 0:
                     state = {name: part.state_dict() for name, part in parts.items()}
                     save({"settings": settings, "seen": seen, "losses": losses, **state}, path)
@@ -958,7 +958,8 @@ def check(constants):
             many = kind == "whole numbers"
             values = tuple(value) if many and isinstance(value, list | tuple) else (value,)
             if not all(isinstance(v, TYPES[kind]) and low <= v <= high for v in values):
-                sys.exit(f"{name} = {value!r} does not work: it must be {kind}, {low} to {high}.")
+                allowed = f"{kind} from {low} to {high}"
+                sys.exit(f"{name} = {value!r} does not work: it must be {allowed}.")
             settings[name] = values if many else value
     try:
         out_dir = Path(out_dir).expanduser()

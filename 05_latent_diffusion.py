@@ -811,12 +811,12 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
     if path.exists():
         seen, losses = resume(parts, settings, fixed, path)
         print(f"Resuming from {path}, after {seen:,} of {total:,} images.")
-    saved = shown = now()
+    step, saved, shown = len(losses), now(), now()
     with tqdm(None, "Training", total, initial=seen, unit=" images", disable=rank > 0) as bar:
         while seen < total:
             # This number seeds everything random in a step: images, t, noise, dropout, mirroring.
             # So resuming needs no other random state.
-            torch.manual_seed(hash((settings["SEED"], seen, rank)))
+            torch.manual_seed(hash((settings["SEED"], step, rank)))
             index = torch.randint(count, (math.ceil(size / world),), device=device)
             batch_loss = loss(index)
             scaler.scale(batch_loss).backward()
@@ -834,10 +834,9 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
                     scaler.step(optimizer)
                 optimizer.zero_grad()
             scaler.update()
+            step, seen = step + 1, seen + size
             recent.append(batch_loss.detach())  # no .item(): it would wait for the GPU
-            step = len(losses) + len(recent)
             update_average(averaged, model, step, settings["EMA_DECAY"])
-            seen += size
             bar.update(min(size, total - bar.n))
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{torch.stack(recent[-50:]).mean():.4f}")
@@ -847,7 +846,8 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
                 recent.clear()
                 weights = torch.stack([weight.detach().sum() for weight in model.parameters()])
                 if not math.isfinite(sum(losses) + weights.sum().item()):
-                    sys.exit(f"\nNaN before step {step}: halve LEARNING_RATE. The file is intact.")
+                    hint = "Halve LEARNING_RATE and start again: the checkpoint is intact."
+                    sys.exit(f"\nThe loss or a weight is NaN or infinite by step {step}. {hint}")
                 if rank == 0:
                     state = {name: part.state_dict() for name, part in parts.items()}
                     save({"settings": settings, "seen": seen, "losses": losses, **state}, path)
@@ -969,7 +969,8 @@ def check(constants):
             many = kind == "whole numbers"
             values = tuple(value) if many and isinstance(value, list | tuple) else (value,)
             if not all(isinstance(v, TYPES[kind]) and low <= v <= high for v in values):
-                sys.exit(f"{name} = {value!r} does not work: it must be {kind}, {low} to {high}.")
+                allowed = f"{kind} from {low} to {high}"
+                sys.exit(f"{name} = {value!r} does not work: it must be {allowed}.")
             settings[name] = values if many else value
     try:
         out_dir = Path(out_dir).expanduser()
@@ -1012,7 +1013,8 @@ if __name__ == "__main__":
         return vae_loss(x_0, *vae(x_0), KL_WEIGHT)
 
     def draw_latents(index):
-        return (mean[index] + deviation[index] * torch.randn_like(mean[index])) * ldm.vae.scale
+        z = mean[index] + deviation[index] * torch.randn_like(mean[index])
+        return z * ldm.vae.scale
 
     def loss(index):
         return ldm.loss(draw_latents(index))
