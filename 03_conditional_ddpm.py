@@ -15,11 +15,12 @@ The script leaves in `outputs/03_conditional_ddpm/` a grid with a row for each c
 (`samples.png`), the same noise at increasing guidance scales (`guidance.png`), both predictions and
 their extrapolation as arrows (`guidance_vectors.png`), one label blended into another
 (`interpolation.png`), and the other pictures of 01. These images take 50 long steps, not 1000; 04
-explains why that works. After `python -i 03_conditional_ddpm.py`, or `ddpm = load(path)`:
+explains why that works. After `python -i 03_conditional_ddpm.py`, or
+`ddpm = GuidedDDPM.load("outputs/03_conditional_ddpm/checkpoint.pt")`:
 `ddpm.sample(n=4, labels=7, steps=50)`, or `ddpm.sample(2, ["3", "8"], guidance_scale=5)`.
 
 How to read it: `ConditionalUNet` in section 4, `GuidedDDPM` and `to_labels` in section 5, and the
-figures. The rest is 02, to the last character.
+figures. The other definitions are 02's, to the last character.
 
 DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
 Improved DDPM = Nichol & Dhariwal 2021, arXiv:2102.09672
@@ -387,7 +388,7 @@ class ConditionalUNet(UNet):
         return self.predict(x_t, self.embed(t) + embedding)
 
 
-NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # after the shape
+NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # of the UNet
 
 
 # %% 5. Loss and sampler
@@ -404,7 +405,7 @@ class DDPM:
         self.model, self.T, self.image_shape, self.device = model, len(betas), image_shape, device
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # float64: the product of 1000 factors
         self.alphas_cumprod = alphas_cumprod.float().to(device)  # ᾱ_t for a tensor t
-        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t for an int t; [-1] is 1
+        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t for an int t; of -1: 1
 
     @classmethod
     def build(cls, settings, device):
@@ -450,9 +451,9 @@ class DDPM:
         # linear schedule and by 20,000 with the cosine one. Pixels lie in [-1, 1], so x̂_0 should
         # lie there, too. DDPM's own code also clamps it.
         x_0_pred = self.predict(x_t, t, *condition)[0].clamp(-1, 1)
-        alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]  # [-1]: image, 1
-        # NEW in 02: the step may be long. Read t_prev for t−1 and, for α_t, the product of all α on
-        # the way, ᾱ_t / ᾱ_prev (Improved DDPM, section 4).
+        alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]  # of -1: 1
+        # NEW in 02: a step may skip some t (Improved DDPM, section 4). Then, in the formulas below,
+        # t−1 means t_prev, α_t = ᾱ_t / ᾱ_{t−1}, the product of the α in between, and β_t = 1 − α_t.
         alpha_t = alpha_bar_t / alpha_bar_prev
         beta_t = 1 - alpha_t
         # DDPM Eq. 7, the mean of x_{t−1} given x_t and x_0, where x̂_0 replaces the unknown x_0:
@@ -610,6 +611,7 @@ class Muon(torch.optim.Optimizer):
                 for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
                     gram = u @ u.T
                     u = 3.4445 * u + (2.0315 * gram @ gram - 4.7750 * gram) @ u
+                # Jordan's factor for matrices with more rows than columns
                 step_size = group["lr"] * max(1, u.shape[0] / u.shape[1]) ** 0.5
                 weight.sub_(step_size * u.view_as(weight))
 
@@ -642,17 +644,17 @@ def update_average(averaged, model, step, ema_decay):
             average.lerp_(weight, 1 - decay)
 
 
-# Nothing below is about diffusion: it is what every long training run needs. Skim it.
+# The rest of this section is what every long training run needs, not only diffusion: skim it.
 
 
 def save(state, path):
     """Save to a temporary file and rename it: an interruption leaves the old file intact."""
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("wb") as file:
+    unfinished = path.with_name(f"{path.name}.part")
+    with unfinished.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())  # waits until the disk has it: this survives a power cut
-    os.replace(partial, path)
+    os.replace(unfinished, path)
 
 
 def resume(parts, settings, fixed, path):
@@ -703,12 +705,12 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
     """
     rank, world = join_processes()
     device, size = next(model.parameters()).device, settings["BATCH_SIZE"]
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)  # these weights sample
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling
     inner, outer = split_weights(model)
     muon = Muon(inner, lr=0)  # each step sets both learning rates
     adam = torch.optim.Adam(outer, lr=0, betas=(0.9, 0.99), fused=True)
     float16 = getattr(model, "precision", None) == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=float16)  # otherwise it changes nothing
+    scaler = torch.amp.GradScaler(device.type, enabled=float16)  # disabled, it does nothing
     parts = {"model": model, "averaged": averaged, "muon": muon, "adam": adam, **extras}
     seen, total, losses, recent = 0, math.ceil(settings["EPOCHS"] * count), [], []
     if path.exists():
@@ -731,16 +733,16 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
             rise = (seen + size) / (0.05 * total)
             fall = 0.5 + 0.5 * math.cos(math.pi * seen / total)
             rate = settings["LEARNING_RATE"] * min(rise, fall)
-            for optimizer, part in (muon, 1), (adam, 5):  # Adam: at most 0.004, as in 01
-                optimizer.param_groups[0]["lr"] = rate / part
+            for optimizer, divisor in (muon, 1), (adam, 5):  # Adam: at most 0.004, as in 01
+                optimizer.param_groups[0]["lr"] = rate / divisor
                 if not float16 or norm.isfinite():  # float16 gradients may become infinite
                     scaler.step(optimizer)
                 optimizer.zero_grad()
             scaler.update()
-            step, seen = step + 1, seen + size
+            step, seen = step + 1, min(seen + size, total)
             recent.append(batch_loss.detach())  # no .item(): it would wait for the GPU
             update_average(averaged, model, step, settings["EMA_DECAY"])
-            bar.update(min(size, total - bar.n))
+            bar.update(seen - bar.n)
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{torch.stack(recent[-50:]).mean():.4f}")
             show = preview and seen < total and now() - shown > 60 * settings["PREVIEW_EVERY"]
@@ -832,13 +834,8 @@ def save_class_figures(ddpm, losses, settings, folder, note):
 
 # %% 8. Run
 
-FIXED = (
-    "DATASET",
-    "IMAGE_SHAPE",
-    "T",
-    "SCHEDULE",
-    *NETWORK,
-)  # must match a checkpoint to resume from it
+# What must be as in a checkpoint to resume from it:
+FIXED = "DATASET", "IMAGE_SHAPE", "T", "SCHEDULE", *NETWORK
 LIMITS = (  # constants, what each must be, the lowest and the highest value
     ("IMAGE_SIZE BASE_CH NUM_BLOCKS BATCH_SIZE", "a whole number", 1, 100_000),
     ("CHANNEL_MULT ATTENTION_AT", "whole numbers", 1, 100_000),
@@ -869,7 +866,8 @@ def check(constants):
             value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers
             many = kind == "whole numbers"
             values = tuple(value) if many and isinstance(value, list | tuple) else (value,)
-            if not all(isinstance(v, TYPES[kind]) and low <= v <= high for v in values):
+            works = all(isinstance(v, TYPES[kind]) and low <= v <= high for v in values)
+            if not works or (name == "CHANNEL_MULT" and not values):
                 allowed = f"{kind} from {low} to {high}"
                 sys.exit(f"{name} = {value!r} does not work: it must be {allowed}.")
             settings[name] = values if many else value
@@ -921,4 +919,4 @@ if __name__ == "__main__":
             ddpm = GuidedDDPM.load(path)  # has the averaged weights; python -i keeps it at hand
             save_class_figures(ddpm, losses, settings, out_dir, note)
     except KeyboardInterrupt:
-        sys.exit("\nStopped. The same command resumes from the last checkpoint.")
+        sys.exit("\nStopped. The same command resumes from the last checkpoint, if any.")

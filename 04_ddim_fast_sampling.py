@@ -383,7 +383,7 @@ class UNet(nn.Module):
             return self.conv_out(F.silu(self.norm_out(h))).float()  #    (B, C, side, side)
 
 
-NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # after the shape
+NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # of the UNet
 
 
 # %% 5. Loss and sampler
@@ -400,7 +400,7 @@ class DDPM:
         self.model, self.T, self.image_shape, self.device = model, len(betas), image_shape, device
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # float64: the product of 1000 factors
         self.alphas_cumprod = alphas_cumprod.float().to(device)  # ᾱ_t for a tensor t
-        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t for an int t; [-1] is 1
+        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t for an int t; of -1: 1
 
     @classmethod
     def build(cls, settings, device):
@@ -446,9 +446,9 @@ class DDPM:
         # linear schedule and by 20,000 with the cosine one. Pixels lie in [-1, 1], so x̂_0 should
         # lie there, too. DDPM's own code also clamps it.
         x_0_pred = self.predict(x_t, t, *condition)[0].clamp(-1, 1)
-        alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]  # [-1]: image, 1
-        # NEW in 02: the step may be long. Read t_prev for t−1 and, for α_t, the product of all α on
-        # the way, ᾱ_t / ᾱ_prev (Improved DDPM, section 4).
+        alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]  # of -1: 1
+        # NEW in 02: a step may skip some t (Improved DDPM, section 4). Then, in the formulas below,
+        # t−1 means t_prev, α_t = ᾱ_t / ᾱ_{t−1}, the product of the α in between, and β_t = 1 − α_t.
         alpha_t = alpha_bar_t / alpha_bar_prev
         beta_t = 1 - alpha_t
         # DDPM Eq. 7, the mean of x_{t−1} given x_t and x_0, where x̂_0 replaces the unknown x_0:
@@ -654,6 +654,7 @@ class Muon(torch.optim.Optimizer):
                 for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
                     gram = u @ u.T
                     u = 3.4445 * u + (2.0315 * gram @ gram - 4.7750 * gram) @ u
+                # Jordan's factor for matrices with more rows than columns
                 step_size = group["lr"] * max(1, u.shape[0] / u.shape[1]) ** 0.5
                 weight.sub_(step_size * u.view_as(weight))
 
@@ -686,17 +687,17 @@ def update_average(averaged, model, step, ema_decay):
             average.lerp_(weight, 1 - decay)
 
 
-# Nothing below is about diffusion: it is what every long training run needs. Skim it.
+# The rest of this section is what every long training run needs, not only diffusion: skim it.
 
 
 def save(state, path):
     """Save to a temporary file and rename it: an interruption leaves the old file intact."""
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("wb") as file:
+    unfinished = path.with_name(f"{path.name}.part")
+    with unfinished.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())  # waits until the disk has it: this survives a power cut
-    os.replace(partial, path)
+    os.replace(unfinished, path)
 
 
 def resume(parts, settings, fixed, path):
@@ -747,12 +748,12 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
     """
     rank, world = join_processes()
     device, size = next(model.parameters()).device, settings["BATCH_SIZE"]
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)  # these weights sample
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling
     inner, outer = split_weights(model)
     muon = Muon(inner, lr=0)  # each step sets both learning rates
     adam = torch.optim.Adam(outer, lr=0, betas=(0.9, 0.99), fused=True)
     float16 = getattr(model, "precision", None) == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=float16)  # otherwise it changes nothing
+    scaler = torch.amp.GradScaler(device.type, enabled=float16)  # disabled, it does nothing
     parts = {"model": model, "averaged": averaged, "muon": muon, "adam": adam, **extras}
     seen, total, losses, recent = 0, math.ceil(settings["EPOCHS"] * count), [], []
     if path.exists():
@@ -775,16 +776,16 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
             rise = (seen + size) / (0.05 * total)
             fall = 0.5 + 0.5 * math.cos(math.pi * seen / total)
             rate = settings["LEARNING_RATE"] * min(rise, fall)
-            for optimizer, part in (muon, 1), (adam, 5):  # Adam: at most 0.004, as in 01
-                optimizer.param_groups[0]["lr"] = rate / part
+            for optimizer, divisor in (muon, 1), (adam, 5):  # Adam: at most 0.004, as in 01
+                optimizer.param_groups[0]["lr"] = rate / divisor
                 if not float16 or norm.isfinite():  # float16 gradients may become infinite
                     scaler.step(optimizer)
                 optimizer.zero_grad()
             scaler.update()
-            step, seen = step + 1, seen + size
+            step, seen = step + 1, min(seen + size, total)
             recent.append(batch_loss.detach())  # no .item(): it would wait for the GPU
             update_average(averaged, model, step, settings["EMA_DECAY"])
-            bar.update(min(size, total - bar.n))
+            bar.update(seen - bar.n)
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{torch.stack(recent[-50:]).mean():.4f}")
             show = preview and seen < total and now() - shown > 60 * settings["PREVIEW_EVERY"]
@@ -925,13 +926,8 @@ def save_sampling_figures(ddim, losses, settings, x_0, folder, note):
 
 # %% 8. Run
 
-FIXED = (
-    "DATASET",
-    "IMAGE_SHAPE",
-    "T",
-    "SCHEDULE",
-    *NETWORK,
-)  # must match a checkpoint to resume from it
+# What must be as in a checkpoint to resume from it:
+FIXED = "DATASET", "IMAGE_SHAPE", "T", "SCHEDULE", *NETWORK
 LIMITS = (  # constants, what each must be, the lowest and the highest value
     ("IMAGE_SIZE BASE_CH NUM_BLOCKS BATCH_SIZE", "a whole number", 1, 100_000),
     ("CHANNEL_MULT ATTENTION_AT", "whole numbers", 1, 100_000),
@@ -957,7 +953,8 @@ def check(constants):
             value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers
             many = kind == "whole numbers"
             values = tuple(value) if many and isinstance(value, list | tuple) else (value,)
-            if not all(isinstance(v, TYPES[kind]) and low <= v <= high for v in values):
+            works = all(isinstance(v, TYPES[kind]) and low <= v <= high for v in values)
+            if not works or (name == "CHANNEL_MULT" and not values):
                 allowed = f"{kind} from {low} to {high}"
                 sys.exit(f"{name} = {value!r} does not work: it must be {allowed}.")
             settings[name] = values if many else value
@@ -973,12 +970,11 @@ def check(constants):
 def use_02(path, source, shape):
     """NEW in 04. Return whether path is a checkpoint of 02 for such images (C, H, W)."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)["settings"]
-        trained_on = saved["DATASET"], saved["IMAGE_SHAPE"]
-        if trained_on != (source, shape):
-            raise ValueError(f"it was trained on {trained_on}")
+        trained = torch.load(path, map_location="cpu", weights_only=True)["settings"]
+        if (trained["DATASET"], trained["IMAGE_SHAPE"]) != (source, shape):
+            raise ValueError(f"it was trained on {trained['DATASET']}, {trained['IMAGE_SHAPE']}")
         if DDIM.load(path).T < DDIM_STEPS:
-            raise ValueError(f"it has T = {saved['T']}, less than DDIM_STEPS")
+            raise ValueError(f"it has T = {trained['T']}, less than DDIM_STEPS")
     except FileNotFoundError:
         return False
     except Exception as error:  # also for a damaged file, or another program's
@@ -1001,8 +997,9 @@ if __name__ == "__main__":
     count, *shape = images.shape
     settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape)}
     path, note = out_dir / "checkpoint.pt", f"{source}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
-    path_02 = Path(OUT_DIR_02).expanduser() / "checkpoint.pt"  # NEW in 04
-    if not path.exists() and use_02(path_02, source, tuple(shape)):
+    path_02 = Path(OUT_DIR_02).expanduser() / "checkpoint.pt"
+    of_02 = not path.exists() and use_02(path_02, source, tuple(shape))  # NEW in 04
+    if of_02:
         path, note = path_02, f"{source}, the network of 02, SEED = {SEED}"
 
     torch.manual_seed(SEED)
@@ -1011,7 +1008,8 @@ if __name__ == "__main__":
     ddim = DDIM.build(settings, device)
     model, images = ddim.model, images.to(device)
     size = sum(weight.numel() for weight in model.parameters())
-    print(f"{count:,} images of {source}, {size:,} parameters, on {device}")
+    if not of_02:
+        print(f"{count:,} images of {source}, {size:,} parameters, on {device}")
     if COMPILE:
         model.compile()
     if world > 1:  # equal weights everywhere, and the mean of all processes' gradients
@@ -1026,11 +1024,11 @@ if __name__ == "__main__":
         sample_grid(samples, out_dir / f"samples_step_{step:06}.png", f"After {step:,} steps", note)
 
     try:
-        if path != path_02:
+        if not of_02:
             train(model, loss, count, settings, FIXED, path, None if rank else preview)
         if rank == 0:
             ddim = DDIM.load(path)  # has the averaged weights; python -i keeps it at hand
             losses = torch.load(path, map_location="cpu", weights_only=True)["losses"]
             save_sampling_figures(ddim, losses, settings, to_batch(images[:16]), out_dir, note)
     except KeyboardInterrupt:
-        sys.exit("\nStopped. The same command resumes from the last checkpoint.")
+        sys.exit("\nStopped. The same command resumes from the last checkpoint, if any.")

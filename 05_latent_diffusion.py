@@ -20,7 +20,7 @@ section 9 puts the two stages together. U-Net and training are those of 02, the 
 
 The script leaves in `outputs/05_latent_diffusion/` reconstructions by the VAE, and images that it
 decodes from noise (`autoencoder.png`), the latents (`latents.png`, `latent_scale.png`),
-interpolations between images (`interpolation.png`), and the other files of 02. Stage 1 saves its
+interpolations between images (`interpolation.png`), and the pictures of 01. Stage 1 saves its
 network in `vae.pt`, stage 2 both networks in `checkpoint.pt`. After `python -i`, or
 `ldm = LatentDiffusion.load("outputs/05_latent_diffusion/checkpoint.pt")`:
 `ldm.sample(n=16, ddim_steps=50)`; of images x, `ldm.decode(ldm.encode(x))`.
@@ -406,7 +406,7 @@ class UNet(nn.Module):
             return self.conv_out(F.silu(self.norm_out(h))).float()  #    (B, C, side, side)
 
 
-NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # after the shape
+NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # of the UNet
 
 
 # %% 5. VAE and the scale of its latents: NEW in 05
@@ -707,6 +707,7 @@ class Muon(torch.optim.Optimizer):
                 for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
                     gram = u @ u.T
                     u = 3.4445 * u + (2.0315 * gram @ gram - 4.7750 * gram) @ u
+                # Jordan's factor for matrices with more rows than columns
                 step_size = group["lr"] * max(1, u.shape[0] / u.shape[1]) ** 0.5
                 weight.sub_(step_size * u.view_as(weight))
 
@@ -739,17 +740,17 @@ def update_average(averaged, model, step, ema_decay):
             average.lerp_(weight, 1 - decay)
 
 
-# Nothing below is about diffusion: it is what every long training run needs. Skim it.
+# The rest of this section is what every long training run needs, not only diffusion: skim it.
 
 
 def save(state, path):
     """Save to a temporary file and rename it: an interruption leaves the old file intact."""
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("wb") as file:
+    unfinished = path.with_name(f"{path.name}.part")
+    with unfinished.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())  # waits until the disk has it: this survives a power cut
-    os.replace(partial, path)
+    os.replace(unfinished, path)
 
 
 def resume(parts, settings, fixed, path):
@@ -800,12 +801,12 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
     """
     rank, world = join_processes()
     device, size = next(model.parameters()).device, settings["BATCH_SIZE"]
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)  # these weights sample
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)  # for sampling
     inner, outer = split_weights(model)
     muon = Muon(inner, lr=0)  # each step sets both learning rates
     adam = torch.optim.Adam(outer, lr=0, betas=(0.9, 0.99), fused=True)
     float16 = getattr(model, "precision", None) == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=float16)  # otherwise it changes nothing
+    scaler = torch.amp.GradScaler(device.type, enabled=float16)  # disabled, it does nothing
     parts = {"model": model, "averaged": averaged, "muon": muon, "adam": adam, **extras}
     seen, total, losses, recent = 0, math.ceil(settings["EPOCHS"] * count), [], []
     if path.exists():
@@ -828,16 +829,16 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
             rise = (seen + size) / (0.05 * total)
             fall = 0.5 + 0.5 * math.cos(math.pi * seen / total)
             rate = settings["LEARNING_RATE"] * min(rise, fall)
-            for optimizer, part in (muon, 1), (adam, 5):  # Adam: at most 0.004, as in 01
-                optimizer.param_groups[0]["lr"] = rate / part
+            for optimizer, divisor in (muon, 1), (adam, 5):  # Adam: at most 0.004, as in 01
+                optimizer.param_groups[0]["lr"] = rate / divisor
                 if not float16 or norm.isfinite():  # float16 gradients may become infinite
                     scaler.step(optimizer)
                 optimizer.zero_grad()
             scaler.update()
-            step, seen = step + 1, seen + size
+            step, seen = step + 1, min(seen + size, total)
             recent.append(batch_loss.detach())  # no .item(): it would wait for the GPU
             update_average(averaged, model, step, settings["EMA_DECAY"])
-            bar.update(min(size, total - bar.n))
+            bar.update(seen - bar.n)
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{torch.stack(recent[-50:]).mean():.4f}")
             show = preview and seen < total and now() - shown > 60 * settings["PREVIEW_EVERY"]
@@ -927,13 +928,8 @@ def save_latent_figures(ldm, losses, x, settings, folder, note):
 
 # %% 9. Run
 
-FIXED = (
-    "DATASET",
-    "IMAGE_SHAPE",
-    "T",
-    "SCHEDULE",
-    *NETWORK,
-)  # must match a checkpoint to resume from it
+# What must be as in a checkpoint to resume from it:
+FIXED = "DATASET", "IMAGE_SHAPE", "T", "SCHEDULE", *NETWORK
 LIMITS = (  # constants, what each must be, the lowest and the highest value
     ("IMAGE_SIZE BASE_CH NUM_BLOCKS BATCH_SIZE", "a whole number", 1, 100_000),
     ("CHANNEL_MULT ATTENTION_AT", "whole numbers", 1, 100_000),
@@ -968,7 +964,8 @@ def check(constants):
             value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers
             many = kind == "whole numbers"
             values = tuple(value) if many and isinstance(value, list | tuple) else (value,)
-            if not all(isinstance(v, TYPES[kind]) and low <= v <= high for v in values):
+            works = all(isinstance(v, TYPES[kind]) and low <= v <= high for v in values)
+            if not works or (name == "CHANNEL_MULT" and not values):
                 allowed = f"{kind} from {low} to {high}"
                 sys.exit(f"{name} = {value!r} does not work: it must be {allowed}.")
             settings[name] = values if many else value
@@ -993,7 +990,10 @@ if __name__ == "__main__":
     images, test_images = hold_out(images, source, DATA_DIR)  # NEW in 05
     count, *shape = images.shape
     settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape)}
-    path, note = out_dir / "checkpoint.pt", f"{source}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
+    path, note = (
+        out_dir / "checkpoint.pt",
+        f"{source}, EPOCHS = {VAE_EPOCHS} and {EPOCHS}, SEED = {SEED}",
+    )
 
     torch.manual_seed(SEED)
     if ON_GPU:  # TF32: float32 products with fewer digits, several times as fast
@@ -1041,4 +1041,4 @@ if __name__ == "__main__":
             ldm = LatentDiffusion.load(path)  # has the averaged weights; python -i keeps it at hand
             save_latent_figures(ldm, losses, x, settings, out_dir, note)
     except KeyboardInterrupt:
-        sys.exit("\nStopped. The same command resumes from the last checkpoint.")
+        sys.exit("\nStopped. The same command resumes from the last checkpoint, if any.")

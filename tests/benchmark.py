@@ -3,12 +3,11 @@
     python tests/benchmark.py            # all five, or e.g. `python tests/benchmark.py 02 04`
     python tests/benchmark.py ladder     # what each improvement of 02 is worth: see ladder.py
 
-runs each script as it is, unless it has a finished run of it, and prints the tables of the README
-in Markdown. It needs Linux or macOS, MNIST in `data/` or a network to download it, and on two cores
-without a GPU some four hours, of them one and a half for sampling. Whatever is ready is
-kept in `outputs/benchmark/`: stopped, it goes on there; with other weights or another script it
-starts anew. Of a run that was not started from here, or that went on from a checkpoint, the time is
-not known.
+It runs each script as it is, unless it has a finished run of it, and prints the README's tables in
+Markdown. It needs Linux or macOS, MNIST in `data/` or a network to download it, and on two cores
+without a GPU some four hours. Whatever is ready is kept in `outputs/benchmark/` for the next time,
+as long as weights and scripts are the same. The time of a run that was not started from here, or
+that resumed from a checkpoint, is not known.
 The digits are judged by a classifier, trained on MNIST here within two minutes:
 
 Fréchet distance   between the Gaussians that fit the classifier's 128 features of the samples and
@@ -25,9 +24,9 @@ spread             mean distance between two samples of the same digit; real tes
 """
 
 import ast
+import copy
 import hashlib
-import importlib.util
-import json
+import importlib
 import os
 import platform
 import re
@@ -38,6 +37,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -47,12 +47,14 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts find `utils` beside them; so must this file
+from figures import quality_by_steps, trade_off  # noqa: E402
 from ladder import ladder  # noqa: E402
 
-from utils.visualize import image_table, quality_by_steps, trade_off  # noqa: E402
+from utils.visualize import image_table  # noqa: E402
 
 OUT_DIR = ROOT / "outputs" / "benchmark"
 SCALES = 0, 1, 2, 3, 5, 7, 10
+FEW = 10, 20, 50, 100  # steps of 04's samplers
 COUNT = 1000  # samples to score, and real images to compare them with
 SEED = 123  # of the samples' noise, and of the order of the real images
 TIME = "seconds for 16 images"
@@ -138,14 +140,9 @@ class Judge:
     """The classifier with what it thinks of MNIST; trained at the first use, and then kept."""
 
     def __init__(self):
-        path = OUT_DIR / "classifier.pt"
-        OUT_DIR.mkdir(parents=True, exist_ok=True)
         self.model = Classifier().eval()
-        if path.exists():
-            self.model.load_state_dict(torch.load(path, weights_only=True))
-        else:
-            self.model = train_classifier()
-            save_atomically(self.model.state_dict(), path)
+        weights = kept(OUT_DIR / "classifier.pt", "", lambda: train_classifier().state_dict())
+        self.model.load_state_dict(weights)
         self.train_features, _ = look(self.model, read_mnist(train=True)[0])
         images, labels = read_mnist(train=False)
         self.test_features, guesses = look(self.model, images)
@@ -181,14 +178,18 @@ class Judge:
         return {name: fmean(score[name] for score in scores) for name in scores[0]}
 
 
-def save_atomically(contents, path):
-    """Save by way of a temporary file: whatever interrupts it leaves no half file behind."""
-    partial_file = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        torch.save(contents, partial_file)
-        os.replace(partial_file, path)
-    finally:
-        partial_file.unlink(missing_ok=True)
+def kept(path, digest, make):
+    """Return what make() returns, from path if it has been kept there with the same digest."""
+    if path.exists():
+        known = torch.load(path, map_location="cpu", weights_only=True)
+        if known.get("digest") == digest:
+            return known["result"]
+    known = {"digest": digest, "result": make()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_file = path.with_name(f"{path.name}.part")  # an interruption leaves no half file
+    torch.save(known, partial_file)
+    os.replace(partial_file, path)
+    return known["result"]
 
 
 def frechet_distance(a, b):
@@ -214,12 +215,9 @@ def spread_within_classes(features, labels):
 # %% The scripts
 
 
-def load(name):
-    """Import a script by its file name, which is no legal module name: definitions only, no run."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(script):
+    """Import a script by its file name: definitions only, no run."""
+    return importlib.import_module(Path(script).stem)
 
 
 def folder_of(script):
@@ -250,7 +248,7 @@ def digest_of(*parts):
             digest.update(part.encode())
         else:
             for name, weight in part.items():
-                digest.update(name.encode() + weight.numpy().tobytes())
+                digest.update(name.encode() + weight.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -259,52 +257,48 @@ def run(script):
 
     That is {"seconds", "megabytes", "output"}, or {} if it was run, but not from here.
     """
-    OUT_DIR.mkdir(parents=True, exist_ok=True)
-    record = OUT_DIR / f"run_{script[:2]}.json"
-    code = digest_of(code_of(script))
-    if record.exists():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if known["code"] == code and (folder_of(script) / "samples.png").exists():
-            return known
-    elif (folder_of(script) / "samples.png").exists():
+    record, samples = OUT_DIR / f"run_{script[:2]}.pt", folder_of(script) / "samples.png"
+    if samples.exists() and not record.exists():
         return {}
-    print(f"Running {script}: see {record.with_suffix('.log')}", file=sys.stderr)
-    start = time.monotonic()
-    with record.with_suffix(".log").open("w+", encoding="utf-8") as log:
+    if not samples.exists():
+        record.unlink(missing_ok=True)
+    return kept(record, digest_of(code_of(script)), partial(measure, script))
+
+
+def measure(script):
+    """Run a script to its end and return what it took."""
+    OUT_DIR.mkdir(parents=True, exist_ok=True)
+    path, start = OUT_DIR / f"run_{script[:2]}.log", time.monotonic()
+    print(f"Running {script}: see {path}", file=sys.stderr)
+    with path.open("w", encoding="utf-8") as log:
         command = [sys.executable, "-c", MEASURE, sys.executable, script]
         status = subprocess.call(command, cwd=ROOT, stdout=log, stderr=log)
-        seconds = time.monotonic() - start
-        log.seek(0)
-        output = log.read()
+    seconds, output = time.monotonic() - start, path.read_text(encoding="utf-8")
     if status:
         sys.exit(f"{script} failed:\n{output[-2000:]}")
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     megabytes = int(re.search(r"peak memory (\d+)", output)[1]) * unit / 1e6
-    known = {"code": code, "seconds": seconds, "megabytes": megabytes, "output": output}
-    partial_file = record.with_suffix(".part")
-    partial_file.write_text(json.dumps(known), encoding="utf-8")
-    os.replace(partial_file, record)
-    return known
+    return {"seconds": seconds, "megabytes": megabytes, "output": output}
 
 
 def cost_of(script, *networks):
     """Return the columns of the main table that say what a run of the script took."""
     known, parameters = run(script), [sum(w.numel() for w in n.values()) for n in networks]
-    output = known.get("output", "")
+    output, speed = known.get("output", ""), "not known"
     # The last state of the last bar of training: of 05 that is stage 2.
-    speeds = re.findall(r"Training: 100%.* ([\d.]+) images/s", output)
-    images = [f"{float(speed):.0f}" for speed in speeds[-1:]]
+    for found in re.findall(r"Training: 100%.* ([\d.]+) images/s", output):
+        speed = f"{float(found):.0f}"
     minutes, seconds = divmod(round(known.get("seconds", 0)), 60)
-    whole = known and "Going on from" not in output
+    whole = known and "Resuming from" not in output
     wall_time = f"{minutes} min {seconds} s" if whole else "not known"
     if "Using the network in" in output:
-        wall_time, images = f"{wall_time}, with 02's network", ["as 02"]
+        wall_time, speed = f"{wall_time}, with 02's network", "as 02"
     return {
         "command": f"`python {script}`",
         "wall time": wall_time,
         "peak memory": f"{known['megabytes'] / 1000:.1f} GB" if known else "not known",
         "parameters": " + ".join(f"{count:,}" for count in parameters),
-        "images/s in training": images[0] if images else "not known",
+        "images/s in training": speed,
     }
 
 
@@ -314,43 +308,39 @@ def path_of(script):
     return of_02 if script == SCRIPTS["04"] and not own.exists() else own
 
 
-def read_checkpoint(script, module):
-    """Return a script's sampler, the contents of its checkpoint, and a digest of both."""
+def read_checkpoint(script, sampler):
+    """Return a script's sampler, a class, the contents of its checkpoint, and a digest of both."""
     run(script)
     path = path_of(script)
     if not path.exists():
         sys.exit(f"There is no {path}: delete {folder_of(script)}, and it will be made anew.")
     state = torch.load(path, weights_only=True, map_location="cpu")
-    trained_on = state["settings"]["DATASET"]
-    if trained_on != "MNIST":
-        sys.exit(f"{path} was trained on {trained_on}; the scores are made for MNIST.")
+    if state["settings"]["DATASET"] != "MNIST":
+        sys.exit(f"{path} was not trained on MNIST, for which the scores are made.")
     digest = digest_of(code_of(script, only_method=True), state["averaged"])
-    return module.load(path), state, digest
+    return sampler.load(path), state, digest
 
 
 def draw(name, digest, sample, folder=OUT_DIR, size=250, seed=SEED):
     """Return COUNT samples, drawn by sample(n, first) in parts after seeding once.
 
-    They are kept in folder under this name, and used again while weights and scripts have this
-    digest.
+    They are kept in folder under this name while weights and scripts have this digest.
     """
-    path = folder / f"{name}.pt"
-    if path.exists():
-        kept = torch.load(path, weights_only=True)
-        if kept["digest"] == digest and len(kept["samples"]) == COUNT:
-            return kept["samples"]
-    torch.manual_seed(seed)
-    parts = [sample(min(size, COUNT - first), first) for first in range(0, COUNT, size)]
-    samples = torch.cat(parts).cpu()
-    save_atomically({"digest": digest, "samples": samples}, path)
-    return samples
+
+    def make():
+        torch.manual_seed(seed)
+        parts = [sample(min(size, COUNT - first), first) for first in range(0, COUNT, size)]
+        return torch.cat(parts).cpu()
+
+    return kept(folder / f"{name}.pt", f"{digest}, {COUNT}", make)
 
 
-def seconds_of(sample, n=16):
-    """Return how long sample(n, 0) takes, as the main table shows it."""
-    start = time.monotonic()
-    sample(n, 0).cpu()  # waits for a GPU
-    return f"{time.monotonic() - start:.1f}"
+def row_of(script, networks, sampler, sample, scores):
+    """Return a row of the main table; networks: weights by name; sampler: the name of sample."""
+    cost, start = cost_of(script, *networks), time.monotonic()
+    sample(16, 0).cpu()  # waits for a GPU
+    seconds = f"{time.monotonic() - start:.1f}"
+    return {**cost, "sampler": sampler, TIME: seconds, **in_words(scores)}
 
 
 def print_table(title, rows):
@@ -370,11 +360,22 @@ def in_words(scores):
     }
 
 
+def row_of_ddpm(judge, script, ddpm, weights, digest):
+    """Return the row of a script that samples by DDPM in all T steps, and the samples."""
+
+    def sample(n, first):
+        return ddpm.sample(n)
+
+    samples = draw(f"{script[:7]}_{ddpm.T}", digest, sample)
+    sampler = f"DDPM, {ddpm.T} steps"
+    return row_of(script, [weights], sampler, sample, judge.score(samples)), samples
+
+
 def benchmark_01(judge):
     """Score 01 by its own sampler: return its row of the main table, and the samples."""
     script = SCRIPTS["01"]
     module = load(script)
-    cost = cost_of(script)
+    run(script)
     path = folder_of(script) / "weights.pt"
     weights = torch.load(path, weights_only=True, map_location="cpu")
     betas = module.linear_beta_schedule(module.T)
@@ -382,21 +383,14 @@ def benchmark_01(judge):
     model.load_state_dict(weights)
     ddpm = module.SimpleDDPM(model, betas, (1, 28, 28), "cpu")
     digest = digest_of(code_of(script, only_method=True), weights)
-    samples = draw(f"01_ddpm_{ddpm.T}", digest, lambda n, _: ddpm.sample(n))
-    cost["parameters"] = f"{sum(w.numel() for w in weights.values()):,}"
-    cost |= {"sampler": f"DDPM, {ddpm.T} steps", TIME: seconds_of(lambda n, _: ddpm.sample(n))}
-    return {**cost, **in_words(judge.score(samples))}, samples
+    return row_of_ddpm(judge, script, ddpm, weights, digest)
 
 
 def benchmark_02(judge):
     """Score 02 by its own sampler: return its row of the main table, and the samples."""
     script = SCRIPTS["02"]
-    module = load(script)
-    ddpm, state, digest = read_checkpoint(script, module)
-    samples = draw(f"02_ddpm_{ddpm.T}", digest, lambda n, _: ddpm.sample(n))
-    cost = cost_of(script, state["averaged"])
-    cost |= {"sampler": f"DDPM, {ddpm.T} steps", TIME: seconds_of(lambda n, _: ddpm.sample(n))}
-    return {**cost, **in_words(judge.score(samples))}, samples
+    ddpm, state, digest = read_checkpoint(script, load(script).DDPM)
+    return row_of_ddpm(judge, script, ddpm, state["averaged"], digest)
 
 
 def benchmark_03(judge):
@@ -406,7 +400,7 @@ def benchmark_03(judge):
     """
     script = SCRIPTS["03"]
     module = load(script)
-    ddpm, state, digest = read_checkpoint(script, module)
+    ddpm, state, digest = read_checkpoint(script, module.GuidedDDPM)
     labels = torch.arange(COUNT) % 10
 
     def guided(n, first, scale):
@@ -422,25 +416,20 @@ def benchmark_03(judge):
     print_table(f"What guidance gives and takes, {steps} steps", rows)
     note = f"MNIST, {COUNT:,} samples each, {steps} steps, seed {SEED}"
     print(f"Saved {trade_off(results, OUT_DIR / 'guidance_trade_off.png', note=note)}")
-    scores = in_words({k: v for k, v in results[default].items() if k != "spread"})
-    cost, seconds = cost_of(script, state["averaged"]), seconds_of(partial(guided, scale=default))
-    sampler = f"DDPM, {steps} steps, scale {default:g}"
-    return {**cost, "sampler": sampler, TIME: seconds, **scores}, samples
+    scores = {k: v for k, v in results[default].items() if k != "spread"}
+    sampler, sample = f"DDPM, {steps} steps, scale {default:g}", partial(guided, scale=default)
+    return row_of(script, [state["averaged"]], sampler, sample, scores), samples
 
 
 def benchmark_04(judge):
     """Score each sampler of 04, print a table and draw it; return its main row, and samples."""
     script = SCRIPTS["04"]
     module = load(script)
-    ddim, state, digest = read_checkpoint(script, module)
+    ddim, state, digest = read_checkpoint(script, module.DDIM)
     output = run(script).get("output", "")
-    rows, curves, default, default_samples = [], {}, None, None
+    rows, curves, default_name = [], {}, f"DDIM, η = {module.ETA:g}, early"
     samplers = [("DDPM", lambda n, _: ddim.sample(n), (ddim.T,))]
-    for spacing, steps in (
-        ("early", (10, 20, 50, 100)),
-        ("even", (10, 20, 50, 100)),
-        ("late", (10, 20)),
-    ):
+    for spacing, steps in {"early": FEW, "even": FEW, "late": FEW[:2]}.items():
         for eta in 1, 0:
             sampler = partial(ddim.ddim_sample, eta=eta, spacing=spacing)
             samplers.append((f"DDIM, η = {eta}, {spacing}", sampler, steps))
@@ -455,18 +444,15 @@ def benchmark_04(judge):
             samples = draw(file, key, lambda n, _, s=steps, sample=sampler: sample(n, s))
             scores = judge.score(samples)
             curves.setdefault(name, {})[steps] = scores["Fréchet distance"]
-            scores = in_words(scores)
-            if (name, steps) == (f"DDIM, η = {module.ETA:g}, early", module.DDIM_STEPS):
+            if (name, steps) == (default_name, module.DDIM_STEPS):
                 default, default_samples = scores, samples
             printed = name.removesuffix(", early").replace("η", "eta")
             # The script's own table: sampler, network evaluations, seconds for 64 images, speed-up
-            timed = re.search(
-                rf"(?m)^ *{re.escape(printed)}  +{steps}  +([\d.]+)  +(.+) x$", output
-            )
-            seconds, speedup = (timed[1], f"{timed[2]} ×") if timed else ("", "")
+            pattern = rf"(?m)^ *{re.escape(printed)}  +{steps}  +([\d.]+)  +(.+) x$"
+            seconds, speedup = (re.findall(pattern, output) or [("", "")])[0]
             calls = {"sampler": name, "network evaluations": steps}
-            times = {"seconds for 64 images": seconds, "speed-up": speedup}
-            rows.append({**calls, **times, **scores})
+            times = {"seconds for 64 images": seconds, "speed-up": speedup and f"{speedup} ×"}
+            rows.append({**calls, **times, **in_words(scores)})
     print_table("The samplers of 04", rows)
     note = f"MNIST, {COUNT:,} samples each, seed {SEED}"
     (distance,) = curves.pop("DDPM").values()
@@ -476,51 +462,49 @@ def benchmark_04(judge):
     def sample_by_default(n, _):
         return ddim.ddim_sample(n, module.DDIM_STEPS, module.ETA)
 
-    distances = [curves[f"DDIM, η = {module.ETA:g}, early"][module.DDIM_STEPS]]
+    five = [f"{default['Fréchet distance']:.2f}"]
     for seed in range(SEED + 1, SEED + 5):
-        name = f"04_default_seed_{seed}"
-        again = draw(name, digest, sample_by_default, seed=seed)
-        distances.append(judge.score(again)["Fréchet distance"])
-    five = ", ".join(f"{distance:.2f}" for distance in distances)
-    print(f"The default sampler of 04 with five seeds: Fréchet distance {five}")
-    why_noise_helps(judge, module, ddim, digest)
-    cost = cost_of(script, state["averaged"])
-    cost |= {"sampler": f"DDIM, {module.DDIM_STEPS} steps", TIME: seconds_of(sample_by_default)}
-    return {**cost, **default}, default_samples
+        again = draw(f"04_default_seed_{seed}", digest, sample_by_default, seed=seed)
+        five.append(f"{judge.score(again)['Fréchet distance']:.2f}")
+    print(f"The default sampler of 04 with five seeds: Fréchet distance {', '.join(five)}")
+    why_noise_helps(judge, ddim, digest)
+    sampler = f"DDIM, {module.DDIM_STEPS} steps"
+    row = row_of(script, [state["averaged"]], sampler, sample_by_default, default)
+    return row, default_samples
 
 
-def why_noise_helps(judge, module, ddim, digest, steps=50):
+def why_noise_helps(judge, ddim, digest, steps=50):
     """Print how good `steps` early steps are with new noise in a part of them, or no network.
 
     The ideal denoiser knows 5,000 training images, which its samples repeat: what is left of the
     distance is that of 1,000 of these images.
     """
-    of_02, images = load(SCRIPTS["02"]), read_mnist(train=True)[0]
+    images, _ = read_mnist(train=True)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED))
     images = images[order[:5000]].to(ddim.device)
 
     def ideal(x_t, t):
         alpha_bar_t = ddim.alpha_bars[t[0].item()]
-        x_0 = of_02.ideal_x_0(x_t, alpha_bar_t, images)
+        x_0 = load(SCRIPTS["02"]).ideal_x_0(x_t, alpha_bar_t, images)
         return (x_t - alpha_bar_t**0.5 * x_0) / (1 - alpha_bar_t) ** 0.5
 
-    betas = torch.tensor(ddim.betas, dtype=torch.float64)
-    oracle = module.DDIM(ideal, betas, ddim.image_shape, ddim.device)
+    oracle = copy.copy(ddim)
+    oracle.model = ideal
     middle, rows = ddim.T // 2, []
-    for name, sampler, where, eta in (
-        ("network", ddim, "everywhere", lambda t: 1),
-        ("network", ddim, "nowhere", lambda t: 0),
-        ("network", ddim, f"for t >= {middle}", lambda t: int(t >= middle)),
-        ("network", ddim, f"for t < {middle}", lambda t: int(t < middle)),
-        ("ideal denoiser", oracle, "everywhere", lambda t: 1),
-        ("ideal denoiser", oracle, "nowhere", lambda t: 0),
+    for name, sampler, where, noisy in (
+        ("network", ddim, "everywhere", range(ddim.T)),
+        ("network", ddim, "nowhere", ()),
+        ("network", ddim, f"for t >= {middle}", range(middle, ddim.T)),
+        ("network", ddim, f"for t < {middle}", range(middle)),
+        ("ideal denoiser", oracle, "everywhere", range(ddim.T)),
+        ("ideal denoiser", oracle, "nowhere", ()),
     ):
 
-        def sample(n, _, sampler=sampler, eta=eta):
+        @torch.no_grad()
+        def sample(n, _, sampler=sampler, noisy=noisy):
             x_t = torch.randn(n, *sampler.image_shape, device=sampler.device)
-            with torch.no_grad():
-                for t, t_prev in pairwise(sampler.timesteps(steps, "early")):
-                    x_t, _ = sampler.ddim_step(x_t, t, t_prev, eta(t))
+            for t, t_prev in pairwise(sampler.timesteps(steps, "early")):
+                x_t, _ = sampler.ddim_step(x_t, t, t_prev, int(t in noisy))
             return x_t
 
         file = f"04_{name}_noise_{where}".replace(">=", "from").replace("<", "below")
@@ -531,35 +515,85 @@ def why_noise_helps(judge, module, ddim, digest, steps=50):
     print_table(f"Why new noise helps: {steps} early steps, η = 1 or 0", rows)
 
 
+def training_cost(loss):
+    """Return seconds and megabytes of loss() and its gradients, without the optimizers.
+
+    The memory is what the network stores to compute gradients, weights included. Gradients,
+    optimizers and averaged weights add three to four times the size of the weights.
+    """
+    stored = {}
+
+    def keep(tensor):
+        stored[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    loss().backward()  # the first step is slow: it does not count
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = loss()
+    result.backward()
+    result.item()  # a GPU runs behind: wait, or the time would include the step above
+    start = time.monotonic()
+    for _ in range(2):
+        result = loss()
+        result.backward()
+    result.item()  # waits until a GPU is done
+    return (time.monotonic() - start) / 2, sum(stored.values()) / 1e6
+
+
+def costs_of_05(module, settings, device, sides=(32, 64, 128), batch=4):
+    """Return the rows of a table, dicts: what diffusion costs on pixels and on latents.
+
+    Both U-Nets have BASE_CH channels at each position, and attention only in their middle, at half
+    the side; latents have DOWNSAMPLE² times fewer positions.
+    """
+    rows, steps, layout = [], min(10, settings["T"]), module.best_layout(device)
+    betas = module.SCHEDULES[settings["SCHEDULE"]](settings["T"])
+    network = settings["BASE_CH"], (1, 2), settings["NUM_BLOCKS"], (), 0.0
+    for side in sides:
+        x = torch.rand(batch, settings["IMAGE_SHAPE"][0], side, side, device=device) * 2 - 1
+        no_vae = SimpleNamespace(latent_shape=x.shape[1:], decode=lambda z: z, scale=1)
+        vae = module.VAE(x.shape[1:], *[settings[name] for name in module.AUTOENCODER])
+        vae.to(device, memory_format=layout)
+        costs = []
+        for codec in no_vae, vae:
+            model = module.UNet(codec.latent_shape, *network, module.best_precision(device))
+            model.to(device, memory_format=layout)
+            ldm = module.LatentDiffusion(model, codec, betas, device)
+            data = torch.randn(batch, *codec.latent_shape, device=device)
+            seconds, megabytes = training_cost(partial(ldm.loss, data))
+            ldm.sample(1, 1)  # the first evaluation is slow: it does not count
+            start = time.monotonic()
+            ldm.sample(1, steps).cpu()
+            costs.append([1000 * seconds, megabytes, 1000 * (time.monotonic() - start)])
+        what = f"ms per training step of {batch} images", "MB for its gradients"
+        for name, pixels, latents in zip((*what, f"ms per image, {steps} steps"), *costs):
+            cells = f"{pixels:.0f}", f"{latents:.0f}", f"{pixels / latents:.1f} ×"
+            rows.append([f"{side} × {side}: {name}", *cells])
+        seconds, _ = training_cost(lambda x=x, vae=vae: module.vae_loss(x, *vae(x), 0.002))
+        rows.append([f"{side} × {side}: ms per step of the VAE", "", f"{1000 * seconds:.0f}", ""])
+    return [dict(zip(("", "pixels", "latents", "ratio"), row)) for row in rows]
+
+
 def benchmark_05(judge):
     """Score 05, print its table of costs; return the row of the main table, and the samples."""
     script = SCRIPTS["05"]
     module = load(script)
-    ldm, state, digest = read_checkpoint(script, module)
-    vae_weights, steps = state["extras"]["vae"], module.DDIM_STEPS
-    digest = digest_of(digest, vae_weights)
-    samples = draw(f"05_ddim_{steps}", digest, lambda n, _: ldm.sample(n, steps))
-    lines = [re.split(r"  +", line.strip()) for line in run(script).get("output", "").splitlines()]
-    rows = [
-        dict(zip(("", "pixels", "latents", "ratio"), line))
-        for line in lines
-        if re.search(r"\d x$", line[-1])
-    ]
-    if rows:
-        rows = [{**row, "ratio": row["ratio"].replace("x", "×")} for row in rows]
-        print_table("05: the same U-Net on pixels and on latents", rows)
-    cost = cost_of(script, vae_weights, state["averaged"])
-    cost |= {"sampler": f"DDIM, {steps} steps", TIME: seconds_of(lambda n, _: ldm.sample(n, steps))}
-    return {**cost, **in_words(judge.score(samples))}, samples
+    ldm, state, digest = read_checkpoint(script, module.LatentDiffusion)
+    steps, networks = module.DDIM_STEPS, [dict(ldm.vae.named_parameters()), state["averaged"]]
+
+    def sample(n, first):
+        return ldm.sample(n, steps)
+
+    samples = draw(f"05_ddim_{steps}", digest_of(digest, state["vae"]), sample)
+    measure = partial(costs_of_05, module, state["settings"], ldm.device)
+    rows = kept(OUT_DIR / "05_costs.pt", digest_of(code_of(script)), measure)
+    print_table("05: the same U-Net on pixels and on latents", rows)
+    return row_of(script, networks, f"DDIM, {steps} steps", sample, judge.score(samples)), samples
 
 
-BENCHMARKS = {
-    "01": benchmark_01,
-    "02": benchmark_02,
-    "03": benchmark_03,
-    "04": benchmark_04,
-    "05": benchmark_05,
-}
+BENCHMARKS = dict(
+    zip(SCRIPTS, (benchmark_01, benchmark_02, benchmark_03, benchmark_04, benchmark_05))
+)
 
 
 def processor():

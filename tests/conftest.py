@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import itertools
 import os
 import pickle
 import re
@@ -25,6 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts find `utils` beside them; so must the tests
 
+from utils import visualize  # noqa: E402
 from utils.visualize import STYLE, draw_digits  # noqa: E402
 
 # In the background a shell has Ctrl-C ignored, and whatever is started there inherits that. The
@@ -48,6 +50,7 @@ SMALL = {
     "VAE_EPOCHS": 1,
 }
 EACH_STEP = 1e-9  # minutes, for SAVE_EVERY and PREVIEW_EVERY
+PICTURES = ["denoising.gif", "denoising.png", "loss.png", "samples.png"]  # of every script
 
 
 def scripts():
@@ -70,6 +73,30 @@ def wait_for(process, text):
         assert letter, f"it ended before it wrote {text!r}: {seen[-2000:]}"
         seen += letter
     return seen
+
+
+def assert_learned_the_same(one, other):
+    """Two checkpoints are equal to the last bit, whatever the settings in them."""
+    one, other = ({**state, "settings": {}} for state in (one, other))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@contextlib.contextmanager
+def ctrl_c(step):
+    """Press Ctrl-C in this training step of whatever runs here; steps are counted from 1."""
+    steps = itertools.count(1)
+
+    def zero_grad(optimizer):
+        if next(steps) == step:
+            raise KeyboardInterrupt
+        torch.optim.Optimizer.zero_grad(optimizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "zero_grad", zero_grad)
+        try:
+            yield
+        except KeyboardInterrupt:
+            pytest.fail("Ctrl-C ended everything")  # otherwise it would end pytest, too
 
 
 @contextlib.contextmanager
@@ -140,7 +167,8 @@ class Project:
     def run_here(self, script, *before):
         """The same in this process, which saves the seconds that importing torch takes.
 
-        before: functions to call first. Returns returncode, stdout and stderr like `run`.
+        before: functions to call first. Returns returncode, stdout and stderr like `run`; in
+        `self.names` is what a person finds after `python -i`.
         """
         path, out, err = str(self.folder / script), io.StringIO(), io.StringIO()
         returncode = 0
@@ -149,7 +177,7 @@ class Project:
             for function in before:
                 function()
             try:
-                runpy.run_path(path, run_name="__main__")
+                self.names = runpy.run_path(path, run_name="__main__")
             except SystemExit as end:
                 returncode = end.code if isinstance(end.code, int) else 1
                 print(end.code, file=err)
@@ -183,7 +211,7 @@ class Project:
         """Assert that the outputs are whole, not empty pictures, and `others`, and nothing else."""
         folder = self.folder / "outputs" / Path(script).stem
         names = self.outputs(script)
-        assert {"denoising.gif", "denoising.png", "loss.png", "samples.png"} <= set(names)
+        assert set(PICTURES) <= set(names)
         for name in names:
             if name in others:
                 continue
@@ -260,6 +288,15 @@ def real_figures(monkeypatch):
     """Draw figures as a user gets them."""
     monkeypatch.setitem(STYLE, "savefig.dpi", 130)
     monkeypatch.setitem(STYLE, "figure.constrained_layout.use", True)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures by file name, kept instead of written, which takes most of the time."""
+    kept = {}
+    monkeypatch.setattr(visualize, "_save", lambda fig, path: kept.update({path.name: fig}))
+    monkeypatch.setattr(visualize, "_save_gif", lambda *_, **__: None)
+    return kept
 
 
 @pytest.fixture(autouse=True)

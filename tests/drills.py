@@ -8,34 +8,27 @@ and the same command, run again, succeeds. Needs Linux or macOS.
 """
 
 import io
+import json
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections import Counter
 
+import gpu
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, wait_for
+from conftest import EACH_STEP, ROOT, assert_learned_the_same, wait_for
 from PIL import Image
-
-from utils.visualize import draw_digits
 
 SCRIPTS = [path.name for path in sorted(ROOT.glob("0*_*.py"))]
 TRAINERS = SCRIPTS[1:]  # those that save checkpoints
-KILLS = 20  # random moments at which each of them is killed
-SMALL = {"T": 10, "BASE_CH": 8, "EPOCHS": 2, "BATCH_SIZE": 10}
-OFTEN = {"SAVE_EVERY": 0.005}  # minutes: three times in a second
-SLIM = {"CHANNEL_MULT": (1, 2), "NUM_BLOCKS": 1, "ATTENTION_AT": (), **OFTEN}
-MORE = {
-    "02": SLIM,
-    "03": {"SAMPLE_STEPS": 5, **SLIM},
-    "04": {"DDIM_STEPS": 5, **SLIM},
-    "05": {"VAE_CH": 4, "VAE_EPOCHS": 2, "DDIM_STEPS": 5, **OFTEN},
-}
+KILLS = 20  # random moments at which each of them is killed in training
 # Runs a script under a limit: "size", of bytes in a file; "memory", of bytes beyond PyTorch's own.
 LIMITED = """
 import resource, runpy, signal, sys
@@ -50,18 +43,18 @@ if kind == "memory":
 resource.setrlimit(kinds[kind], (limit, limit))
 runpy.run_path(script, run_name="__main__")
 """
-STOPPED = "Stopped. The same command goes on from the last checkpoint."
+STOPPED = "Stopped. The same command resumes from the last checkpoint, if any."
 
 
 def prepare(project, script, count=300, **constants):
-    if not (project.folder / "data").exists():
-        project.lay_mnist(*draw_digits(count, seed=1))
-    project.edit(script, **{**SMALL, **MORE.get(script[:2], {}), **constants})
+    """Two epochs of 30 steps each, unless constants say otherwise; in 05, also in stage 1."""
+    constants = {"EPOCHS": 2, "BATCH_SIZE": 10, **constants}
+    if not script.startswith("01"):
+        constants.setdefault("SAVE_EVERY", EACH_STEP)
+    if script.startswith("05"):
+        constants.setdefault("VAE_EPOCHS", 2)
+    project.prepare(script, count, **constants)
     (project.folder / "limited.py").write_text(LIMITED, encoding="utf-8")
-
-
-def folder_of(project, script):
-    return project.folder / "outputs" / script.removesuffix(".py")
 
 
 def contents_of(folder):
@@ -79,32 +72,14 @@ def assert_intact(before, after):
 
 def saved(project, script):
     """The files of weights by name; reading them proves that they are whole."""
-    files = sorted(folder_of(project, script).glob("*.pt"))
+    files = sorted(project.folder_of(script).glob("*.pt"))
     return {file.name: torch.load(file, weights_only=True) for file in files}
 
 
-def learned(checkpoint):
-    """What the training has made: not the settings."""
-    return {k: v for k, v in checkpoint.items() if k != "settings"}
-
-
-def differences(one, other, where=""):
-    """The places where two nested structures differ, to the last bit."""
-    if isinstance(one, torch.Tensor):
-        return [] if torch.equal(one, other) else [where]
-    if isinstance(one, dict) and one.keys() == other.keys():
-        return [d for k in one for d in differences(one[k], other[k], f"{where}.{k}")]
-    if isinstance(one, list | tuple) and len(one) == len(other):
-        return [
-            d for i, pair in enumerate(zip(one, other)) for d in differences(*pair, f"{where}.{i}")
-        ]
-    return [] if one == other else [where]
-
-
-def assert_learned_the_same(one, other):
+def assert_equal_files(one, other):
     assert one.keys() == other.keys() and one
     for name in one:
-        assert differences(learned(one[name]), learned(other[name]), name) == []
+        assert_learned_the_same(one[name], other[name])
 
 
 def finish(project, script):
@@ -133,36 +108,36 @@ def test_kill_9_at_random_moments(project, trainer):
 
     Previews, which only the run that is killed makes, have no influence either.
     """
-    prepare(project, trainer, count=100, EPOCHS=30)  # 10 steps each
+    epochs = {"EPOCHS": 30} | ({"VAE_EPOCHS": 15} if trainer.startswith("05") else {})
+    prepare(project, trainer, count=100, **epochs)  # 10 steps each
     finish(project, trainer)
     undisturbed = saved(project, trainer)
-    folder_of(project, trainer).rename(project.folder / "undisturbed")
-    prepare(project, trainer, EPOCHS=30, PREVIEW_EVERY=0.02)
-    moments, killed, steps, in_training = random.Random(trainer), 0, [0], 0
-    while killed < KILLS:
+    total = sum(state["seen"] for state in undisturbed.values())
+    project.folder_of(trainer).rename(project.folder / "undisturbed")
+    often = {"SAVE_EVERY": 0.005, "PREVIEW_EVERY": 0.02}  # minutes
+    prepare(project, trainer, **epochs, **often)
+    moments, killed, seen = random.Random(trainer), Counter(), 0
+    while min(killed[name] for name in undisturbed) < KILLS // len(undisturbed):
         process = project.start(trainer)
         wait_for(process, "images/s")
         try:
             process.wait(moments.uniform(0, 3))
         except subprocess.TimeoutExpired:
             process.kill()
-            killed += 1
         process.communicate(timeout=60)
-        found = saved(project, trainer)
-        steps.append(sum(contents["step"] for contents in found.values()))
-        assert steps[-1] >= steps[-2], f"steps were lost: {steps}"
-        whole = sum(contents["step"] for contents in undisturbed.values())
-        in_training += steps[-1] < whole
-        if process.returncode == 0:  # done before it was killed: start anew
-            assert_learned_the_same(found, undisturbed)
-        if process.returncode == 0 or steps[-1] == whole:
-            for name in found:
-                (folder_of(project, trainer) / name).unlink()
-            steps = [0]
+        before, found = seen, saved(project, trainer)
+        seen = sum(state["seen"] for state in found.values())
+        assert seen >= before, "steps were lost"
+        if seen < total:  # 05 is in stage 2 if there is a checkpoint.pt, and otherwise in stage 1
+            killed[min(found, default="nothing saved yet")] += 1
+            continue
+        assert_equal_files(found, undisturbed)
+        for name in found:  # start from scratch
+            (project.folder_of(trainer) / name).unlink()
+        seen = 0
     finish(project, trainer)
-    assert_learned_the_same(saved(project, trainer), undisturbed)
-    assert in_training >= KILLS // 4, "it was killed too late: let it train longer"
-    print(f"{trainer}: killed {killed} times, {in_training} of them in training")
+    assert_equal_files(saved(project, trainer), undisturbed)
+    print(f"{trainer} was killed in training, after it had saved: {dict(killed)}")
 
 
 @pytest.mark.parametrize(
@@ -171,9 +146,8 @@ def test_kill_9_at_random_moments(project, trainer):
 )
 def test_kill_9_while_it_saves(project, trainer, name):
     """It stops in the middle of writing the file, and there the blow falls."""
-    longer = {"vae.pt": {"VAE_EPOCHS": 8}, "checkpoint.pt": {"EPOCHS": 8}}[name]
-    prepare(project, trainer, **longer)
-    folder = folder_of(project, trainer)
+    prepare(project, trainer, EPOCHS=8)
+    folder = project.folder_of(trainer)
     process = project.start(trainer)  # a first, whole checkpoint
     while not (folder / name).exists():
         assert process.poll() is None, process.communicate()
@@ -182,10 +156,10 @@ def test_kill_9_while_it_saves(project, trainer, name):
     process.communicate()
     path = project.folder / trainer
     text = path.read_text(encoding="utf-8")
-    write = "        file.write(buffer.getbuffer())\n"
+    write = "        torch.save(state, file)\n"
     assert text.count(write) == 1
     half = (
-        "        file.write(buffer.getbuffer()[:5000])\n"
+        "        file.write(bytes(5000))\n"
         "        file.flush()\n"
         "        print('half', path.name, file=sys.stderr, flush=True)\n"
         "        __import__('time').sleep(100)\n"
@@ -201,7 +175,7 @@ def test_kill_9_while_it_saves(project, trainer, name):
         assert {p.name: p.read_bytes() for p in folder.glob("*.pt")} == before
     path.write_text(text, encoding="utf-8")
     done = finish(project, trainer)  # which asserts that nothing stays behind
-    assert f"Going on from {folder.relative_to(project.folder) / name}" in done.stdout
+    assert f"Resuming from {folder.relative_to(project.folder) / name}" in done.stdout
 
 
 @pytest.mark.parametrize("moment", ["training", "sampling"])
@@ -209,8 +183,6 @@ def test_ctrl_c(project, script, moment):
     slow = {"training": {"EPOCHS": 6}, "sampling": {"EPOCHS": 1}}[moment]
     if moment == "sampling" and script[:2] in ("01", "02", "03"):
         slow["T"] = 50
-    if moment == "training" and script.startswith("05"):
-        slow["VAE_EPOCHS"] = 6
     prepare(project, script, **slow)
     process = project.start(script)
     sampling = "DDIM" if script[:2] in ("04", "05") else "Sampling"
@@ -228,9 +200,9 @@ def test_ctrl_c(project, script, moment):
         assert process.returncode != 0 and "Traceback" not in seen + errors, errors
         lines = [line for line in re.split(r"[\r\n]+", errors) if line and "%|" not in line]
         assert lines == [STOPPED], "one line besides the bars"
-        assert max(contents["step"] for contents in found.values()) > 0
+        assert max(state["seen"] for state in found.values()) > 0
     done = finish(project, script)
-    assert script.startswith("01") or "Going on from" in done.stdout
+    assert script.startswith("01") or "Resuming from" in done.stdout
 
 
 @pytest.mark.parametrize("what", ["weights", "pictures"])
@@ -241,7 +213,7 @@ def test_full_disk(project, script, what):
     """
     prepare(project, script)
     finish(project, script)
-    folder = folder_of(project, script)
+    folder = project.folder_of(script)
     before = contents_of(folder)
     largest = max(len(data) for name, data in before.items() if name.endswith(".pt"))
     size = {"weights": largest // 2, "pictures": 5000}[what]
@@ -259,9 +231,9 @@ def test_full_disk(project, script, what):
     assert_intact(before, after)
     again = finish(project, script)
     if not script.startswith("01"):
-        assert "Going on from" in again.stdout
-        steps = max(len(c["losses"]) for n, c in saved(project, script).items() if "vae" not in n)
-        assert steps == 30 * (3 if what == "weights" else 2)
+        assert "Resuming from" in again.stdout
+        state = project.state(script)
+        assert state["seen"] == 10 * len(state["losses"]) == 300 * (3 if what == "weights" else 2)
 
 
 def test_out_of_memory(project, script):
@@ -271,7 +243,7 @@ def test_out_of_memory(project, script):
         normal |= {"VAE_EPOCHS": 1, "BASE_CH": 32}
     prepare(project, script, count=3000, **normal)
     finish(project, script)
-    before = contents_of(folder_of(project, script))
+    before = contents_of(project.folder_of(script))
     greedy = {"BATCH_SIZE": 3000, "EPOCHS": 2}
     if script.startswith("01"):
         greedy["BASE_CH"] = 64
@@ -279,47 +251,20 @@ def test_out_of_memory(project, script):
     done = project.run("limited.py", "memory", str(4 * 10**8), script)
     assert done.returncode != 0
     assert "memory" in done.stderr.lower(), done.stderr
-    assert_intact(before, contents_of(folder_of(project, script)))
+    assert_intact(before, contents_of(project.folder_of(script)))
     prepare(project, script, **{**normal, "EPOCHS": 2})
     done = finish(project, script)
-    assert script.startswith("01") or "Going on from" in done.stdout
+    assert script.startswith("01") or "Resuming from" in done.stdout
 
 
-@pytest.fixture
-def forbidden_folder(tmp_path):
-    """A folder in which nobody can make files: without rights, or, for root, mounted read-only."""
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    if os.geteuid():
-        folder.chmod(0o500)
-        yield folder
-        return folder.chmod(0o700)
-    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("root cannot mount anything here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def assert_out_dir_is_refused(project, trainer, out_dir):
-    project.edit(trainer, OUT_DIR=str(out_dir))
-    done = project.run(trainer)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 1 and len(lines) == 1, done.stderr
-    assert lines[0].startswith("OUT_DIR = ") and str(out_dir) in lines[0]
-    assert not done.stdout and not (project.folder / "data").exists(), "before data are loaded"
-
-
-def test_a_folder_that_cannot_be_written_to(project, trainer, forbidden_folder):
-    assert_out_dir_is_refused(project, trainer, forbidden_folder)
-    assert_out_dir_is_refused(project, trainer, forbidden_folder / "deeper" / "still")
-
-
-def test_a_file_in_the_place_of_the_folder(project, trainer):
-    (project.folder / "taken").write_text("mine")
-    assert_out_dir_is_refused(project, trainer, "taken")
-    assert_out_dir_is_refused(project, trainer, "taken/deeper")
-    assert (project.folder / "taken").read_text() == "mine"
+def test_a_folder_that_cannot_be_written_to(project):
+    read_only = "/proc" if os.path.exists("/proc") else "/System"  # also for root
+    for out_dir in read_only, f"{read_only}/deeper/still":
+        project.edit("02_ddpm.py", OUT_DIR=out_dir)
+        done = project.run("02_ddpm.py")
+        (line,) = done.stderr.strip().splitlines()
+        assert done.returncode == 1 and line.startswith(f"OUT_DIR = {out_dir!r} does not work: ")
+        assert not done.stdout and not (project.folder / "data").exists(), "before data are loaded"
 
 
 def test_kill_9_while_it_saves_a_picture(project, script):
@@ -327,13 +272,13 @@ def test_kill_9_while_it_saves_a_picture(project, script):
     process = project.start(script)
     partial_seen = False
     while process.poll() is None and not partial_seen:
-        if list(folder_of(project, script).glob(".*.png.*.part")):
+        if list(project.folder_of(script).glob(".*.png.*.part")):
             process.kill()
             partial_seen = True
         time.sleep(0.001)
     process.communicate(timeout=60)
     assert partial_seen
-    for picture in folder_of(project, script).glob("*.png"):
+    for picture in project.folder_of(script).glob("*.png"):
         Image.open(picture).load()
     finish(project, script)
 
@@ -347,22 +292,22 @@ def test_two_processes_of_one_training(project, trainer):
     trained = saved(project, trainer)
     project.check_pictures(trainer, others=list(trained))
     printed = [line for line in done.stdout.splitlines() if "parameters" in line]
-    assert len(printed) == 1 + trainer.startswith("05"), "one process speaks for all"
-    assert {contents["step"] for contents in trained.values()} == {60}
+    assert len(printed) == 1, "one process prints"
+    assert {(state["seen"], len(state["losses"])) for state in trained.values()} == {(600, 60)}
     again = finish(project, trainer)  # alone: nothing is left to train
-    assert again.stdout.count("step 60 of 60") == len(trained)
-    assert_learned_the_same(saved(project, trainer), trained)
+    assert "checkpoint.pt, after 600 of 600 images" in again.stdout
+    assert_equal_files(saved(project, trainer), trained)
 
 
 def test_same_seed_same_pictures_other_seed_other_pictures(project, script):
-    """Trained anew each time; but for the tables of seconds every file is equal to the byte."""
-    pictures, timed = [], ("speed.png", "cost.png")
+    """Trained anew each time; but for the table of seconds every file is equal to the byte."""
+    pictures = []
     for run, seed in enumerate((0, 0, 1)):
         prepare(project, script, SEED=seed, OUT_DIR=f"outputs/{run}", EPOCHS=1)
         done = project.run(script)
         assert done.returncode == 0, done.stderr
         files = (project.folder / "outputs" / str(run)).iterdir()
-        pictures.append({f.name: f for f in files if f.name not in timed and f.suffix != ".pt"})
+        pictures.append({f.name: f for f in files if f.name != "speed.png" and f.suffix != ".pt"})
     assert pictures[0].keys() == pictures[1].keys() and len(pictures[0]) >= 4
     for name, file in pictures[0].items():
         assert file.read_bytes() == pictures[1][name].read_bytes(), name
@@ -417,7 +362,7 @@ def test_the_benchmark_in_small(project):
         if name[:2] in ("04", "05"):
             project.edit(name, DDIM_STEPS=10)
     (project.folder / "tests").mkdir()
-    for name in "benchmark.py", "ladder.py":
+    for name in "benchmark.py", "figures.py", "ladder.py":
         shutil.copy(ROOT / "tests" / name, project.folder / "tests")
     project.edit("tests/benchmark.py", COUNT=20, SCALES=(1, 2))
     done = project.run("tests/benchmark.py", timeout=1800)
@@ -440,3 +385,23 @@ def test_the_benchmark_in_small(project):
 
     assert untimed(again.stdout) == untimed(done.stdout) != done.stdout
     assert "Running" not in again.stderr
+
+
+def test_the_rehearsal_of_the_gpu_program(tmp_path):
+    """It does every job on the CPU, and leaves its table and pictures."""
+    command = [sys.executable, gpu.PROGRAM, "--rehearse", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    logs = "".join(log.read_text(encoding="utf-8")[-2000:] for log in tmp_path.glob("log/*"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    results = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert results.keys() == gpu.JOBS.keys() - {"download"}
+    assert all(job["status"] == "ok" for job in results.values()), results
+    assert {job["step"] for job in results.values()} == set(gpu.TITLES)
+    table = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert table in done.stdout
+    assert all(f"### {step}. {title}" in table for step, title in gpu.TITLES.items() if step)
+    pictures = {picture for job in results.values() for picture in job["pictures"]}
+    expected = {f"mnist_{number}.png" for number in gpu.SCRIPTS} | {"cifar10_02.png", "relay.png"}
+    assert expected <= pictures
+    for picture in pictures:
+        Image.open(tmp_path / picture).load()

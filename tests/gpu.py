@@ -68,6 +68,7 @@ MINIATURE = {  # constants for the rehearsal, of those that a script has
     **{"SAMPLE_STEPS": 2},
     **{"BASE_CH": 4, "CHANNEL_MULT": (1, 2), "NUM_BLOCKS": 1, "VAE_CH": 4, "VAE_EPOCHS": 1},
 }
+SAMPLERS = {"02": "DDPM", "03": "GuidedDDPM", "04": "DDIM", "05": "LatentDiffusion"}
 GOOD = "ok", "skipped"
 
 
@@ -419,7 +420,6 @@ def inside(folder):
 
 def run_script(path, options):
     """Run a script in this process: it saves the seconds that importing torch takes."""
-    import matplotlib
     import torchvision
 
     from utils import visualize
@@ -428,7 +428,7 @@ def run_script(path, options):
         torchvision.datasets.cifar.check_integrity = lambda *_: True
     if options.rehearse:  # small figures, roughly laid out, are quick
         visualize.STYLE["savefig.dpi"] = 50
-        visualize.Figure = lambda figsize, layout: matplotlib.figure.Figure(figsize)
+        visualize.STYLE["figure.constrained_layout.use"] = False
     with inside(path.parent):
         try:
             runpy.run_path(str(path), run_name="__main__")
@@ -468,32 +468,44 @@ def lay_images(folder, count=32, side=64):
         Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST).save(path)
 
 
-def make_trainer(module, images, device, **changes):
-    """Return a sampler and a Trainer as in 02's section Run, which keeps nothing on disk.
+def make_sampler(module, shape, device, **changes):
+    """Return 02's untrained sampler for images of this shape, and its settings.
 
-    images: uint8 (N, C, H, W). changes: constants other than those of the module.
+    changes: constants other than those of the module.
     """
     import torch
 
-    settings = module.check_settings(vars(module))
-    settings |= {"IMAGE_SHAPE": tuple(images.shape[1:]), **changes}
+    settings = module.check(vars(module))[0] | {"IMAGE_SHAPE": shape, **changes}
     torch.manual_seed(settings["SEED"])
     torch.set_float32_matmul_precision("high")
-    sampler = module.SAMPLER.build({"settings": settings}, device)
-    images = images.to(device)
-
-    def loss(index):
-        return sampler.loss(module.to_batch(images[index]))
-
-    fixed, path = module.FIXED, Path("there is no checkpoint")
-    return sampler, module.Trainer(sampler.model, loss, len(images), settings, fixed, path)
+    return module.DDPM.build(settings, device), settings
 
 
-def some_images(count, shape):
+def training_step(sampler, net, x_0, module, muon=True):
+    """Return a training step as in 02's `train`, with Muon or with Adam alone, on any network."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, (count, *shape), generator=generator, dtype=torch.uint8)
+    weights = list(net.parameters())
+    inner, outer = module.split_weights(net) if muon else ([], weights)
+    optimizers = [torch.optim.Adam(outer, 2e-4, betas=(0.9, 0.99), fused=True)]
+    optimizers += [module.Muon(inner, lr=1e-3)] if muon else []
+    averaged = copy.deepcopy(net).eval().requires_grad_(False)
+
+    def step():
+        sampler.loss(x_0).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        module.update_average(averaged, net, 1, 0.999)
+
+    return step
+
+
+def some_images(count, shape, device):
+    import torch
+
+    return torch.rand(count, *shape, device=device) * 2 - 1
 
 
 def compile_model(model, options):
@@ -543,7 +555,7 @@ def missing_data(options):
 
 
 def script_on_mnist(number, report, options):
-    """Step 1: run a script with its GPU defaults and one epoch; then sample with `load`."""
+    """Step 1: run a script with its GPU defaults and one epoch; then sample from its file."""
     script, folder, bars, speeds = SCRIPTS[number], options.work / "mnist", [], []
     known = constants_of(ROOT / script)
     few = {name: 1 for name in ("EPOCHS", "VAE_EPOCHS") if name in known}
@@ -584,7 +596,8 @@ def samplers_of(number, module, path):
     checkpoint = checkpoint_of(path)
     if not checkpoint.exists():  # 04 uses 02's
         checkpoint = checkpoint_of(path.with_name(SCRIPTS["02"]))
-    sampler, steps = module.load(checkpoint), getattr(module, "DDIM_STEPS", None)
+    sampler = getattr(module, SAMPLERS[number]).load(checkpoint)
+    steps = getattr(module, "DDIM_STEPS", None)
     if number == "03":
         return {"with guidance": lambda n: sampler.sample(n, [i % 10 for i in range(n)], 2.0)}
     if number == "05":
@@ -604,8 +617,10 @@ def script_on_cifar10(number, report, options):
         # How fast is it? 03's network is as large as 02's.
         module = load_module(prepare(options, folder, SCRIPTS["02"], DATASET="CIFAR10"))
         batch = module.BATCH_SIZE
-        trainer = make_trainer(module, some_images(10 * batch, (3, 32, 32)), device_at_hand())[1]
-        seconds = time_steps(trainer.train_step, *steps_for(options, 10, 30))
+        shape, device = (3, 32, 32), device_at_hand()
+        sampler, _ = make_sampler(module, shape, device)
+        step = training_step(sampler, sampler.model, some_images(batch, shape, device), module)
+        seconds = time_steps(step, *steps_for(options, 10, 30))
         # A third of the time is for starting, sampling and the figures.
         constants["EPOCHS"] = max(1, int(0.65 * options.seconds * batch / seconds / 50_000))
         if options.rehearse:
@@ -623,7 +638,7 @@ def script_on_cifar10(number, report, options):
                 row["seconds of training"] = bar["seconds"]
                 report.save()
 
-        del trainer
+        del sampler, step
         free_memory()
         watch_bars(note)
         run_script(path, options)
@@ -677,10 +692,10 @@ def relay(report, options):
             )
             print(done.stdout, done.stderr, flush=True)
             assert done.returncode == 0, f"it ended with {done.returncode}: {done.stderr[-300:]}"
-            step = re.search(r"Going on from .*, step ([\d,]+) of ([\d,]+)", done.stdout)
-            assert step, "it did not go on from the checkpoint"
+            seen = re.search(r"Resuming from .*, after ([\d,]+) of ([\d,]+) images", done.stdout)
+            assert seen, "it did not resume from the checkpoint"
             assert f"on {device}" in done.stdout, f"it did not run on {device}"
-            row |= {"seconds": now() - started, "result": f"from step {step[1]} to {step[2]}"}
+            row |= {"seconds": now() - started, "result": f"from image {seen[1]} to {seen[2]}"}
     report.picture("relay.png", checkpoint.with_name("samples.png"))
 
 
@@ -694,10 +709,12 @@ def start_of_compile(report, options):
     for width in (4,) if options.rehearse else (64, 128):
         precision = str(module.best_precision(device_at_hand()))[6:]
         with report.row(precision=precision, BASE_CH=width, COMPILE=True) as row:
-            images = some_images(2 * module.BATCH_SIZE, (1, 28, 28))
-            _, trainer = make_trainer(module, images, device_at_hand(), BASE_CH=width)
-            compile_model(trainer.model, options)
-            row["seconds to the first step"] = time_steps(trainer.train_step, 0, 1)
+            shape, device = (1, 28, 28), device_at_hand()
+            sampler, _ = make_sampler(module, shape, device, BASE_CH=width)
+            compile_model(sampler.model, options)
+            x_0 = some_images(module.BATCH_SIZE, shape, device)
+            step = training_step(sampler, sampler.model, x_0, module)
+            row["seconds to the first step"] = time_steps(step, 0, 1)
 
 
 def precisions(report, options):
@@ -721,23 +738,25 @@ def precisions(report, options):
 
 def short_training(module, images, compiled, row, options):
     """Train 02's network for one epoch of images, uint8 (N, C, H, W), and fill the row."""
-    import torch
-
-    count = len(images) // module.BATCH_SIZE
-    warm_up, losses = count // 10, []
-    _, trainer = make_trainer(module, images, device_at_hand(), EPOCHS=1)
+    count, started = len(images) // module.BATCH_SIZE, []
+    device, path = device_at_hand(), options.work / "measured" / "checkpoint.pt"
+    path.unlink(missing_ok=True)
+    sampler, settings = make_sampler(module, tuple(images.shape[1:]), device, EPOCHS=1)
     if compiled:
-        compile_model(trainer.model, options)
-    for step in range(count):
-        if step == warm_up:
+        compile_model(sampler.model, options)
+    images = images.to(device)
+
+    def loss(index):
+        if len(started) in (count // 10, count - 1):
             wait_for_gpu()
-            started = now()
-        losses.append(trainer.train_step())
-    wait_for_gpu()
-    row["steps/s"] = (count - warm_up) / (now() - started)
-    row[f"loss after {count} steps"] = torch.stack(losses[-50:]).mean().item()
+        started.append(now())
+        return sampler.loss(module.to_batch(images[index]))
+
+    _, losses = module.train(sampler.model, loss, len(images), settings, (), path)
+    warm_up = count // 10
+    row["steps/s"] = (count - 1 - warm_up) / (started[-1] - started[warm_up])
+    row[f"loss after {count} steps"] = sum(losses[-50:]) / len(losses[-50:])
     row["peak memory, GB"] = peak_memory()
-    assert all(map(math.isfinite, torch.stack(losses).tolist())), "the loss is not finite"
 
 
 def their_unet(width, module, settings, device):
@@ -770,24 +789,6 @@ def their_unet(width, module, settings, device):
             return net(x_t, t).sample.float()
 
     return net, model
-
-
-def plain_step(sampler, net, x_0, module):
-    """Return a training step as that of the Trainer, with Adam alone, on any network."""
-    import torch
-
-    weights = list(net.parameters())
-    optimizer = torch.optim.Adam(weights, 2e-4, betas=(0.9, 0.99), fused=True)
-    averaged = copy.deepcopy(net).eval().requires_grad_(False)
-
-    def step():
-        optimizer.zero_grad()
-        sampler.loss(x_0).backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        module.update_average(averaged, net, 1, 0.999)
-
-    return step
 
 
 def bf16_peak(options):
@@ -838,22 +839,17 @@ def compare_with_diffusers(rows):
 
 def time_training_step(name, width, module, peak, row, options):
     """Time the training step of a network of this name and width, and fill the row."""
-    device, batch = device_at_hand(), module.BATCH_SIZE
-    images = some_images(10 * batch, (1, 28, 28))
-    x_0 = module.to_batch(images[:batch].to(device))
-    sampler, trainer = make_trainer(module, images, device, BASE_CH=width)
-    net, step, settings = sampler.model, trainer.train_step, trainer.settings
+    device, batch, shape = device_at_hand(), module.BATCH_SIZE, (1, 28, 28)
+    x_0 = some_images(batch, shape, device)
+    sampler, settings = make_sampler(module, shape, device, BASE_CH=width)
+    net = sampler.model
     if "diffusers" in name:
-        sampler = copy.copy(sampler)
         net, sampler.model = their_unet(width, module, settings, device)
     flops = operations(lambda: sampler.loss(x_0))
     net.zero_grad()
-    if "Adam" in name:
-        step = plain_step(sampler, net, x_0, module)
     if "compiled" in name:
         compile_model(net, options)
-    del trainer
-    free_memory()
+    step = training_step(sampler, net, x_0, module, muon="Muon" in name)
     seconds = time_steps(step, *steps_for(options, 10, 40))
     busy, kernels = time_in_kernels(step)
     row |= {"million weights": sum(weight.numel() for weight in net.parameters()) / 1e6}
@@ -863,28 +859,16 @@ def time_training_step(name, width, module, peak, row, options):
     row["peak memory, GB"] = peak_memory()
 
 
-def takes(options, script, **constants):
-    """Return whether a script's check of its constants lets these pass."""
-    module = load_module(prepare(options, options.work / "checked", script, **constants))
-    try:
-        module.check_settings(vars(module))
-    except SystemExit as reason:
-        print(reason)
-        return False
-    return True
-
-
 def own_images(report, options):
     """Step 6: 05 on a folder of images at 64 pixels."""
     if options.rehearse:
         lay_images(options.images)
     if not options.images.is_dir():
         raise Skipped(f"There is no folder {options.images.name} of images: see --images.")
-    side = 64 if takes(options, SCRIPTS["05"], IMAGE_SIZE=64) else 32
-    constants = {"DATASET": str(options.images), "IMAGE_SIZE": side}
+    constants = {"DATASET": str(options.images), "IMAGE_SIZE": 64}
     if not options.rehearse:  # about 40 s with some thousand images
         constants |= {"VAE_EPOCHS": 12, "EPOCHS": 30}
-    with report.row(what=f"05 at {side} × {side} pixels") as row:
+    with report.row(what="05 at 64 × 64 pixels") as row:
         path = prepare(options, options.work / "images", SCRIPTS["05"], **constants)
         speeds, outputs = [], checkpoint_of(path).parent
         report.picture("images_05.png", outputs / "samples.png")
@@ -910,16 +894,16 @@ def pixels_or_latents(report, options):
     names = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT"
     settings = {name: getattr(of_05, name) for name in names}
     side, batch = (32, 2) if options.rehearse else (128, 16)
-    small = side // getattr(of_05, "DOWNSAMPLE", 4)
+    small = side // of_05.DOWNSAMPLE
     rows = []
     for what, shape in ("pixels", (3, side, side)), ("latents", (of_05.LATENT_CH, small, small)):
         sizes = " × ".join(map(str, (batch, *shape)))
         with report.row(what=f"05's U-Net on {what}, {sizes}") as row:
-            trainer = None  # not both at once
+            sampler = step = None  # not both at once
             free_memory()
-            images = some_images(2 * batch, shape)
-            _, trainer = make_trainer(module, images, device, BATCH_SIZE=batch, **settings)
-            seconds = time_steps(trainer.train_step, *steps_for(options, 5, 20))
+            sampler, _ = make_sampler(module, shape, device, **settings)
+            step = training_step(sampler, sampler.model, some_images(batch, shape, device), module)
+            seconds = time_steps(step, *steps_for(options, 5, 20))
             row |= {"ms per step": 1000 * seconds, "images/s": batch / seconds}
             row["peak memory, GB"] = peak_memory()
             rows.append(row)
@@ -958,20 +942,24 @@ def device_tests(report, options):
         assert code == 0, "see the log"
 
 
-def twins(module, device):
+def twins(number, module, device):
     """Return a script's sampler with the same random weights, on the CPU and on a device."""
     import torch
 
-    settings = module.check_settings(vars(module))
+    settings = module.check(vars(module))[0]
     settings |= {"BASE_CH": 32, "T": 40, "IMAGE_SHAPE": (1, 28, 28)}
-    settings |= {"CLASS_NAMES": [*"0123456789"], "NUM_CLASSES": 10}  # for 03
+    settings |= {"CLASS_NAMES": [*"0123456789"]}  # for 03
     module.best_precision = lambda _: torch.float32
+    build = getattr(module, SAMPLERS[number]).build
+    samplers = [build(settings, d) for d in (torch.device("cpu"), device)]
     torch.manual_seed(0)
-    weights = module.SAMPLER.build({"settings": settings}, torch.device("cpu")).model.state_dict()
     # Many weights begin as zeros, with which half of the network would not count.
+    weights = samplers[0].model.state_dict()
     weights = {name: w + 0.05 * torch.randn_like(w) for name, w in weights.items()}
-    state = {"settings": settings, "averaged": weights}
-    return [module.SAMPLER.build(state, d) for d in (torch.device("cpu"), device)]
+    for sampler in samplers:
+        sampler.model.load_state_dict(weights)
+        sampler.model.eval().requires_grad_(False)
+    return samplers
 
 
 def gradients(sampler, module, x_0, t, noise):
@@ -1006,14 +994,14 @@ def same_mathematics(report, options):
         number: load_module(prepare(options, options.work / "twins", SCRIPTS[number]))
         for number in ("02", "03", "04")
     }
-    pairs = {number: twins(module, device) for number, module in modules.items()}
+    pairs = {number: twins(number, module, device) for number, module in modules.items()}
     of_02, t, steps = modules["02"], torch.tensor([0, 10, 20, 30]), 10
     for what, number, compute in (
         ("02: network", "02", lambda s, to: s.model(to(noise), to(t))),
-        ("02: one step back", "02", lambda s, to: s.p_sample(to(noise), 0)[1]),
+        ("02: one step back", "02", lambda s, to: s.p_sample(to(noise), 0, -1)[1]),
         ("02: gradients", "02", lambda s, to: gradients(s, of_02, to(x_0), to(t), to(noise))),
         ("02: weights after a step of Muon", "02", lambda s, to: muon_step(s, of_02)),
-        ("03: guided noise", "03", lambda s, to: s.guided_noise(to(noise), to(t), to(labels), 3.0)),
+        ("03: guided noise", "03", lambda s, to: s.predict_noise(to(noise), 20, to(labels), 3.0)),
         ("04: DDIM", "04", lambda s, to: s.ddim_sample(x_T=to(noise), ddim_steps=steps, eta=0)),
         ("04: DDIM inversion", "04", lambda s, to: s.ddim_invert(to(x_0), steps)),
     ):

@@ -2,15 +2,13 @@
 
 It trains 02's network by the recipe of 01, adds one improvement after the other, and then takes
 each of them alone out of the full recipe. All rows have the same seed, images in the same order,
-and MINUTES of training each: at the start the time of a training step of every row is measured, the
-rows by turns, and says how many steps a row gets. So what else the machine does later may delay a
-row, but does not change its result. Whatever is ready is kept in `outputs/benchmark/ladder/`.
-
-The samples are drawn by 02's own sampler in SAMPLING_STEPS of its T steps.
+and MINUTES of training each: at the start, the time of a training step of every row is measured,
+the rows by turns, which gives the number of steps of each row. So whatever else the machine does
+later may delay a row, but does not change its result. 02's own sampler draws the samples in
+SAMPLING_STEPS steps. Whatever is ready is kept in `outputs/benchmark/ladder/`.
 """
 
 import copy
-import json
 import math
 import random
 import statistics
@@ -20,9 +18,8 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from figures import bars
 from tqdm import tqdm
-
-from utils.visualize import bars
 
 MINUTES = 8
 SAMPLING_STEPS = 50
@@ -48,8 +45,8 @@ CHANGES = {  # in the order of the ladder
 def rows():
     """Return the recipes by name: up the ladder, then the full one without each of its parts.
 
-    Also the full one with less attention; the one that 02 has on a CPU; and the full one with and
-    without averaged weights after half of the training, when the learning rate is still high.
+    At the end come the one that 02 has on a CPU, and the full one with and without averaged weights
+    after half of the training, when the learning rate is still high.
     """
     recipe, recipes = dict(TEXTBOOK), {"the textbook": dict(TEXTBOOK)}
     for name, change in CHANGES.items():
@@ -58,14 +55,11 @@ def rows():
     for name, change in CHANGES.items():
         recipes[f"all, without {name}"] = {**recipe, **{key: TEXTBOOK[key] for key in change}}
     recipes["all, attention in the middle only"] = {**recipe, "attention": "in the middle"}
-    on_a_cpu = {**recipe, "attention": "in the middle", "predicts": "noise"}
+    on_a_cpu = {**recipes["all, without v"], "attention": "in the middle"}
     recipes["02 on a CPU: ε, attention in the middle only"] = on_a_cpu
-    recipes["all, halfway"] = {**recipe, "halfway": True}
-    recipes["all, halfway, without averaged weights"] = {
-        **recipe,
-        "halfway": True,
-        "averaged": False,
-    }
+    halfway = {**recipe, "halfway": True}
+    recipes["all, halfway"] = halfway
+    recipes["all, halfway, without averaged weights"] = {**halfway, "averaged": False}
     return recipes
 
 
@@ -90,8 +84,10 @@ class Run:
         settings = {name: getattr(script, name, None) for name in script.NETWORK}
         settings |= {"T": script.T, "SCHEDULE": recipe["schedule"], "IMAGE_SHAPE": (1, 28, 28)}
         settings["ATTENTION_AT"] = (14,) if "14" in recipe["attention"] else ()
-        self.ddpm = script.DDPM.build({"settings": settings}, device)
+        self.ddpm = script.DDPM.build(settings, device)
         self.model = self.ddpm.model
+        if recipe["predicts"] == "v":
+            self.ddpm.predict = partial(predict_from_v, self.ddpm)
         if recipe["attention"] == "nowhere":
             self.model.middle_1.attention = nn.Identity()
         self.averaged = script.copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -137,34 +133,13 @@ class Run:
 
 def predict_from_v(ddpm, x_t, t):
     """Do what 02's `predict` does, with a network that returns v: Salimans & Ho, appendix D."""
-    v_pred = ddpm.model(x_t, torch.full((len(x_t),), t, device=x_t.device))
+    v_pred = ddpm.predict_noise(x_t, t)
     signal, spread = math.sqrt(ddpm.alpha_bars[t]), math.sqrt(1 - ddpm.alpha_bars[t])
     return signal * x_t - spread * v_pred, spread * x_t + signal * v_pred
 
 
-def respaced(run, weights):
-    """Return 02's sampler for SAMPLING_STEPS of the T steps: Improved DDPM, section 4."""
-    run.model.load_state_dict(weights)
-    run.model.eval()
-    timesteps = torch.linspace(0, run.ddpm.T - 1, SAMPLING_STEPS).round().long()
-    alphas_cumprod = run.ddpm.alphas_cumprod.double().cpu()[timesteps]
-    before = F.pad(alphas_cumprod[:-1], (1, 0), value=1.0)
-    timesteps = timesteps.to(run.ddpm.device)
-
-    def model(x_t, t):
-        return run.model(x_t, timesteps[t])
-
-    ddpm = run.script.DDPM(model, 1 - alphas_cumprod / before, (1, 28, 28), run.ddpm.device)
-    if run.recipe["predicts"] == "v":
-        ddpm.predict = partial(predict_from_v, ddpm)
-    return ddpm
-
-
-def seconds_per_step(script, recipes, images, folder):
-    """Return the time of a training step of each recipe, measured by turns; once, then kept."""
-    path = folder / "seconds_per_step.json"
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+def seconds_per_step(script, recipes, images):
+    """Return the time of a training step of each recipe, measured by turns."""
     times = {name: [] for name in recipes}
     runs = {name: Run(script, recipe, images, 1000) for name, recipe in recipes.items()}
     for _ in tqdm(range(ROUNDS), "Measuring steps"):
@@ -174,26 +149,18 @@ def seconds_per_step(script, recipes, images, folder):
             run.train_step()
             run.train_step()
             times[name].append((time.perf_counter() - start) / 2)
-    times = {name: statistics.median(some) for name, some in times.items()}
-    path.write_text(json.dumps(times), encoding="utf-8")
-    return times
+    return {name: statistics.median(some) for name, some in times.items()}
 
 
-def train(script, recipe, images, steps, path, digest):
-    """Return the last and the averaged weights after so many steps and after half; kept at path."""
-    if path.exists():
-        kept = torch.load(path, weights_only=True)
-        if kept["digest"] == digest and kept["steps"] == steps:
-            return kept
-    run, kept = Run(script, recipe, images, steps), {"digest": digest, "steps": steps}
-    for step in tqdm(range(steps), path.stem, unit=" steps"):
-        if step == steps // 2:
-            kept |= {"last, halfway": copy.deepcopy(run.model.state_dict())}
-            kept |= {"averaged, halfway": copy.deepcopy(run.averaged.state_dict())}
+def train(run, name):
+    """Return the last and the averaged weights at the end of a run, and after half of it."""
+    kept = {}
+    for step in tqdm(range(run.total_steps), name, unit=" steps"):
+        if step == run.total_steps // 2:
+            kept["last, halfway"] = copy.deepcopy(run.model.state_dict())
+            kept["averaged, halfway"] = copy.deepcopy(run.averaged.state_dict())
         run.train_step()
-    kept |= {"last": run.model.state_dict(), "averaged": run.averaged.state_dict()}
-    torch.save(kept, path)
-    return kept
+    return kept | {"last": run.model.state_dict(), "averaged": run.averaged.state_dict()}
 
 
 def ladder(benchmark, judge):
@@ -201,29 +168,30 @@ def ladder(benchmark, judge):
     script = benchmark.load(benchmark.SCRIPTS["02"])
     method = benchmark.code_of(benchmark.SCRIPTS["02"], only_method=True)
     folder = benchmark.OUT_DIR / "ladder"
-    folder.mkdir(parents=True, exist_ok=True)
     images = benchmark.MNIST(benchmark.ROOT / "data", train=True, download=True).data[:, None]
     recipes = rows()
     trainings = {same_training(recipe): recipe for recipe in recipes.values()}
-    seconds = seconds_per_step(script, trainings, images, folder)
+    measure = partial(seconds_per_step, script, trainings, images)
+    seconds = benchmark.kept(folder / "seconds_per_step.pt", str(MINUTES), measure)
     table, distances = [], {}
     for name, recipe in recipes.items():
         training = same_training(recipe)
-        steps = round(MINUTES * 60 / seconds[training])
-        digest = benchmark.digest_of(method, training)
-        kept = train(script, recipe, images, steps, folder / f"{training}.pt", digest)
+        run = Run(script, recipe, images, round(MINUTES * 60 / seconds[training]))
+        digest = benchmark.digest_of(method, training, str(run.total_steps))
+        trained = benchmark.kept(folder / f"{training}.pt", digest, partial(train, run, training))
         weights = "averaged" if recipe["averaged"] else "last"
         weights += ", halfway" if "halfway" in recipe else ""
-        ddpm = respaced(Run(script, recipe, images, steps), kept[weights])
+        run.model.load_state_dict(trained[weights])
+        run.model.eval()
         samples = benchmark.draw(
             f"samples, {training}, {weights}",
-            benchmark.digest_of(method, training, kept[weights]),
-            lambda n, _, ddpm=ddpm: ddpm.sample(n),
+            benchmark.digest_of(method, training, trained[weights]),
+            lambda n, _, ddpm=run.ddpm: ddpm.sample(n, SAMPLING_STEPS),
             folder,
         )
         scores = judge.score(samples)
         distances[name] = scores["Fréchet distance"]
-        times = {"steps": f"{steps:,}", "ms per step": f"{1000 * seconds[training]:.0f}"}
+        times = {"steps": f"{run.total_steps:,}", "ms per step": f"{1000 * seconds[training]:.0f}"}
         table.append({"recipe": name, **times, **benchmark.in_words(scores)})
     title = f"What each improvement of 02 is worth, after {MINUTES} minutes of training"
     benchmark.print_table(title, table)

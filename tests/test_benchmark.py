@@ -1,4 +1,4 @@
-"""The scores of tests/benchmark.py, where the answer is known."""
+"""The scores of tests/benchmark.py, where the answer is known, and tests/ladder.py in small."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -39,17 +39,13 @@ def test_spread_within_classes():
 def test_real_images_are_in_a_random_order_and_with_their_own_labels(monkeypatch):
     """MNIST's test images are ordered by writer: neighbours are alike."""
     data, asked = torch.arange(200, dtype=torch.uint8)[:, None, None].expand(-1, 28, 28), []
-
-    def mnist(folder, train, download):
-        asked.append(train)
-        return SimpleNamespace(data=data, targets=torch.arange(200))
-
-    monkeypatch.setattr(benchmark, "MNIST", mnist)
+    mnist = SimpleNamespace(data=data, targets=torch.arange(200))
+    monkeypatch.setattr(benchmark, "MNIST", lambda _, train, **__: asked.append(train) or mnist)
     images, labels = benchmark.read_mnist(train=False)
     assert images.shape == (200, 1, 28, 28) and images.min() == -1
     assert torch.equal(((images[:, 0, 0, 0] + 1) * 127.5).round(), labels.float())
-    assert torch.equal(labels.sort().values, torch.arange(200))
     assert 70 < labels[:100].double().mean() < 130, "the first half comes from all of them"
+    assert torch.equal(labels.sort().values, torch.arange(200))
     torch.manual_seed(1)
     assert torch.equal(labels, benchmark.read_mnist(train=False)[1]), "always the same order"
     assert torch.equal(benchmark.read_mnist(train=True)[1], torch.arange(200))
@@ -81,43 +77,40 @@ def test_real_images_are_scored_by_thousands_each_among_the_next(monkeypatch):
     assert pairs == [(1000 * i, 1000 * (i + 1) % 10_000, 1000, 1000) for i in range(10)]
 
 
-class Mean:
-    """In place of the classifier: the score of images is the mean of those of each class."""
-
-    def score(self, images, labels):
-        means = [images[labels == label].mean().item() for label in range(10)]
-        return {"means": means, "spread": 1.0}
-
-
 def test_guidance_is_scored_with_the_samples_of_03s_network(tmp_path, monkeypatch):
     """An oracle in place of it: pixels of class c are from N(c / 10 - 0.5, 0.1²).
 
     "No class" is the one around 0. The best ε of two such classes differ by a multiple of the
     difference of their means; so a scale of s moves the mean to s times its place, as far as
-    pixels go.
+    pixels go. In place of the judge, the mean of each class.
     """
     script = benchmark.load(benchmark.SCRIPTS["03"])
-    betas = script.linear_beta_schedule(200)
-    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
 
     def network(x_t, t, labels):
         assert t.shape == labels.shape == (len(x_t),)
-        a = alphas_cumprod[t].view(-1, 1, 1, 1)
+        a = ddpm.alphas_cumprod[t].double().view(-1, 1, 1, 1)
         mean = torch.where(labels == 10, 0.0, labels / 10 - 0.5).view(-1, 1, 1, 1)
         return ((1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * 0.01 + 1 - a)).float()
 
     names = [*"0123456789"]
+    betas, results = script.linear_beta_schedule(200), {}
     ddpm = script.GuidedDDPM(network, betas, (1, 2, 2), torch.device("cpu"), 0.1, names)
-    state, results = {"settings": {"SCHEDULE": "linear"}, "averaged": {}}, {}
-    monkeypatch.setattr(benchmark, "OUT_DIR", tmp_path)
-    # Parts that begin with different labels.
-    monkeypatch.setattr(benchmark, "draw", partial(benchmark.draw, folder=tmp_path, size=333))
-    monkeypatch.setattr(benchmark, "SCALES", (0, 1, 2))
-    monkeypatch.setattr(benchmark, "read_checkpoint", lambda *_: (ddpm, state, "digest"))
-    monkeypatch.setattr(benchmark, "cost_of", lambda *_: {})
-    monkeypatch.setattr(benchmark, "trade_off", lambda scores, *_, **__: results.update(scores))
-    monkeypatch.setattr(benchmark, "in_words", dict)
-    row, samples = benchmark.benchmark_03(Mean())
+
+    def score(images, labels):
+        means = [images[labels == label].mean().item() for label in range(10)]
+        return {"means": means, "spread": 1.0}
+
+    for name, value in {
+        "OUT_DIR": tmp_path,
+        "draw": partial(benchmark.draw, folder=tmp_path, size=333),  # begins with various labels
+        "SCALES": (0, 1, 2),
+        "read_checkpoint": lambda *_: (ddpm, {"averaged": {}}, "digest"),
+        "cost_of": lambda *_: {},
+        "trade_off": lambda scores, *_, **__: results.update(scores),
+        "in_words": dict,
+    }.items():
+        monkeypatch.setattr(benchmark, name, value)
+    row, samples = benchmark.benchmark_03(SimpleNamespace(score=score))
     assert len(samples) == benchmark.COUNT and list(results) == [0, 1, 2]
     scores = {scale: score["means"] for scale, score in results.items()}
     assert row["means"] == scores[script.GUIDANCE_SCALE]
@@ -133,13 +126,32 @@ def test_samples_come_in_parts_and_are_kept_while_the_weights_are_the_same(tmp_p
         firsts.append((n, first))
         return torch.randn(n, 1)
 
-    samples = benchmark.draw("x", "weights 1", sample, tmp_path, size=300)
-    assert firsts == [(300, 0), (300, 300), (300, 600), (100, 900)] and len(samples) == 1000
-    assert not torch.equal(samples[:100], samples[300:400])
-    assert torch.equal(samples, benchmark.draw("x", "weights 1", sample, tmp_path))
-    assert len(firsts) == 4, "not drawn again"
-    again = benchmark.draw("x", "weights 2", sample, tmp_path, size=300)
-    assert len(firsts) == 8 and torch.equal(samples, again), "drawn again, from the same seed"
+    samples, again, others = (
+        benchmark.draw("x", weights, sample, tmp_path, size=300) for weights in ("1", "1", "2")
+    )
+    assert firsts == 2 * [(300, 0), (300, 300), (300, 600), (100, 900)], "not drawn again for 1"
+    assert len(samples) == 1000 and not torch.equal(samples[:100], samples[300:400])
+    assert torch.equal(samples, again) and torch.equal(samples, others), "from the same seed"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_cost_of_diffusion_on_pixels_and_latents():
+    weight = torch.ones(1000, requires_grad=True)
+    seconds, megabytes = benchmark.training_cost(lambda: weight.exp().sum())
+    assert megabytes == pytest.approx(0.004) and 0 < seconds < 1, "what is kept is counted"
+    module = benchmark.load(benchmark.SCRIPTS["05"])
+    settings = {"T": 5, "SCHEDULE": "cosine", "IMAGE_SHAPE": (3, 9, 9), "BASE_CH": 8}
+    settings |= {"NUM_BLOCKS": 1, "VAE_CH": 4, "LATENT_CH": 2, "DOWNSAMPLE": 4}
+    rows = benchmark.costs_of_05(module, settings, torch.device("cpu"), sides=(32, 64), batch=4)
+    assert [row[""] for row in rows[4:]] == [
+        "64 × 64: ms per training step of 4 images",
+        "64 × 64: MB for its gradients",
+        "64 × 64: ms per image, 5 steps",
+        "64 × 64: ms per step of the VAE",
+    ]
+    assert float(rows[5]["pixels"]) > 3 * float(rows[1]["pixels"]), "four times as many pixels"
+    assert float(rows[5]["pixels"]) > 3 * float(rows[5]["latents"])
+    assert float(rows[5]["ratio"].removesuffix(" ×")) > 3 and rows[7]["pixels"] == ""
 
 
 def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
@@ -148,18 +160,19 @@ def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
         '"""A script."""\n# %% 1. Settings\nT = 5\n\n\n'
         "# %% 3. Steps\ndef f():\n    return 1\n\n\n# %% 4. Training\nx = 1\n"
     )
-    commented = text.replace("A script", "The script").replace("return 1", "return 1  # one")
-    documented = text.replace("    return", '    """One."""\n    return')
-    changed, settings = text.replace("return 1", "return 2"), text.replace("T = 5", "T = 6")
-    (tmp_path / "a.py").write_text(text)
-    everything, section = benchmark.code_of("a.py"), benchmark.code_of("a.py", True)
-    for same in commented, documented:
-        (tmp_path / "a.py").write_text(same)
-        assert benchmark.code_of("a.py") == everything
-    (tmp_path / "a.py").write_text(changed)
-    assert benchmark.code_of("a.py") != everything and benchmark.code_of("a.py", True) != section
-    (tmp_path / "a.py").write_text(settings)
-    assert benchmark.code_of("a.py") != everything and benchmark.code_of("a.py", True) == section
+
+    def changes(old, new):
+        codes = []
+        for version in text, text.replace(old, new):
+            (tmp_path / "a.py").write_text(version)
+            codes.append((benchmark.code_of("a.py"), benchmark.code_of("a.py", True)))
+        return [one != other for one, other in zip(*codes)]  # of everything, of the method
+
+    assert changes("A script", "The script") == [False, False]
+    assert changes("return 1", "return 1  # one") == [False, False]
+    assert changes("    return", '    """One."""\n    return') == [False, False]
+    assert changes("return 1", "return 2") == [True, True]
+    assert changes("T = 5", "T = 6") == [True, False]
 
 
 def test_a_run_is_measured_once_and_again_when_the_script_changes(tmp_path, monkeypatch):
@@ -178,22 +191,25 @@ def test_a_run_is_measured_once_and_again_when_the_script_changes(tmp_path, monk
         "print('Training: 100%|##| 100/100 [0:01<0:00, 987.32 images/s, loss=0.1]')\n"
         "print('Sampling: 100%|##| 20/20 [0:01<0:00, 11.00 steps/s]')\n"
     )
-    (tmp_path / "02_x.py").write_text(text)
     weights = {"a": torch.zeros(1000, 2), "b": torch.zeros(34)}
-    cost = benchmark.cost_of("02_x.py", weights)
+
+    def cost_of(script):
+        (tmp_path / "02_x.py").write_text(script)
+        return benchmark.cost_of("02_x.py", weights)
+
+    cost = cost_of(text)
     assert cost["images/s in training"] == "987" and cost["parameters"] == "2,034"
     assert cost["wall time"].startswith("0 min") and cost["peak memory"] in ("0.2 GB", "0.3 GB")
     log = tmp_path / "outputs" / "benchmark" / "run_02.log"
     log.unlink()
-    assert benchmark.cost_of("02_x.py", weights) == cost and not log.exists(), "not run again"
-    (tmp_path / "02_x.py").write_text(text.replace("987", "988"))
-    assert benchmark.cost_of("02_x.py", weights)["images/s in training"] == "988"
+    assert cost_of(text) == cost and not log.exists(), "not run again"
+    assert cost_of(text.replace("987", "988"))["images/s in training"] == "988"
     # Only the rest of a training that had been stopped is no measure of the whole.
-    (tmp_path / "02_x.py").write_text(f"{text}print('Going on from a checkpoint, step 7 of 9.')\n")
-    assert benchmark.cost_of("02_x.py", weights)["wall time"] == "not known"
+    resumed = "print('Resuming from a/checkpoint.pt, after 7 of 9 images.')\n"
+    assert cost_of(text + resumed)["wall time"] == "not known"
     # A run that was not started from here: its outputs count, its time is not known.
-    (tmp_path / "outputs" / "benchmark" / "run_02.json").unlink()
-    assert benchmark.cost_of("02_x.py", weights)["wall time"] == "not known"
+    log.with_suffix(".pt").unlink()
+    assert cost_of(text)["wall time"] == "not known"
     (tmp_path / "03_x.py").write_text("raise ValueError('broken')")
     with pytest.raises(SystemExit, match=r"(?s)03_x.py failed:.*broken"):
         benchmark.run("03_x.py")
@@ -204,17 +220,16 @@ def test_a_run_is_measured_once_and_again_when_the_script_changes(tmp_path, monk
 
 @pytest.fixture
 def small_02(monkeypatch, tmp_path):
-    """02 with a tiny network, 40 black images, and a judge that keeps what it is shown."""
+    """02 with a tiny network, and 40 black images."""
     script = benchmark.load(benchmark.SCRIPTS["02"])
-    for name, value in {"BASE_CH": 2, "CHANNEL_MULT": (1, 1), "BATCH_SIZE": 4, "T": 50}.items():
-        monkeypatch.setattr(script, name, value)
-    monkeypatch.setattr(benchmark, "load", lambda name: script)
-    monkeypatch.setattr(benchmark, "OUT_DIR", tmp_path)
-    monkeypatch.setattr(benchmark, "COUNT", 3)
-    images = torch.zeros(40, 28, 28, dtype=torch.uint8)
-    monkeypatch.setattr(benchmark, "MNIST", lambda *_, **__: SimpleNamespace(data=images))
-    for name, value in {"MINUTES": 0.002, "SAMPLING_STEPS": 3, "ROUNDS": 1}.items():
-        monkeypatch.setattr(ladder, name, value)
+    mnist = SimpleNamespace(data=torch.zeros(40, 28, 28, dtype=torch.uint8))
+    for module, values in (
+        (script, {"BASE_CH": 2, "CHANNEL_MULT": (1, 1), "BATCH_SIZE": 4, "T": 50}),
+        (benchmark, {"OUT_DIR": tmp_path, "COUNT": 3, "MNIST": lambda *_, **__: mnist}),
+        (ladder, {"MINUTES": 0.002, "SAMPLING_STEPS": 3, "ROUNDS": 1}),
+    ):
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
     return script
 
 
@@ -229,18 +244,22 @@ def test_ladder_adds_one_thing_at_a_time_and_takes_each_out_alone():
         assert len(changed) == 1 and without[changed[0]] == textbook[changed[0]]
 
 
-def test_ladder_scores_all_rows_and_trains_only_once(small_02, capsys, monkeypatch, tmp_path):
+def test_ladder_scores_its_rows_and_trains_only_once(small_02, capsys, monkeypatch, tmp_path):
+    names = "the textbook", "+ v", "+ Muon", "all, halfway, without averaged weights"
+    rows = {name: ladder.rows()[name] for name in names}  # the last two share a training run
+    monkeypatch.setattr(ladder, "rows", lambda: rows)
     shown = []
     judge = SimpleNamespace(score=lambda x: shown.append(x) or {"Fréchet distance": len(shown)})
     ladder.ladder(benchmark, judge)
     out = capsys.readouterr().out
-    assert len(shown) == len(ladder.rows()) and all(f"| {name} |" in out for name in ladder.rows())
+    assert all(f"| {name} | " in out and f"{i}.00 |" in out for i, name in enumerate(names, 1))
     assert all(x.shape == (3, 1, 28, 28) and x.abs().max() <= 1 for x in shown)
     assert (tmp_path / "ladder.png").exists()
+    assert len(list((tmp_path / "ladder").glob("*attention*.pt"))) == 3 + 4, "runs and samples"
     first, shown[:] = list(shown), []
     monkeypatch.setattr(ladder.Run, "train_step", lambda self: 1 / 0)
     ladder.ladder(benchmark, judge)
-    assert all(torch.equal(a, b) for a, b in zip(first, shown))
+    assert len(first) == 4 and all(torch.equal(a, b) for a, b in zip(first, shown))
 
 
 def test_ladder_learns_v_where_it_says_so(small_02):
@@ -257,5 +276,5 @@ def test_ladder_learns_v_where_it_says_so(small_02):
     x_t = small_02.q_sample(x_0, torch.full((4,), t), noise, alpha_bar)
     v = alpha_bar[t].sqrt() * noise - (1 - alpha_bar[t]).sqrt() * x_0
     run.ddpm.model = lambda x_t, steps: v
-    x_0_pred, noise_pred = ladder.predict_from_v(run.ddpm, x_t, t)
+    x_0_pred, noise_pred = run.ddpm.predict(x_t, t)
     assert torch.allclose(x_0_pred, x_0, atol=1e-5) and torch.allclose(noise_pred, noise, atol=1e-5)

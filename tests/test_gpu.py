@@ -1,13 +1,10 @@
-"""tests/gpu.py: its rehearsal on a CPU, and what its runner does with jobs that go wrong."""
+"""What the runner of tests/gpu.py does with jobs that go wrong; drills.py rehearses it all."""
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import gpu
-from PIL import Image
 
 PROGRAM = """
 import sys
@@ -41,25 +38,6 @@ JOBS = {{function.__name__: (1, function) for function in (fails, ends, hangs, w
 if __name__ == "__main__":
     gpu.follow(gpu.parse(sys.argv[1:]), JOBS)
 """
-
-
-def test_the_rehearsal_does_every_job_and_leaves_table_and_pictures(tmp_path):
-    command = [sys.executable, gpu.PROGRAM, "--rehearse", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    logs = "".join(log.read_text(encoding="utf-8")[-2000:] for log in tmp_path.glob("log/*"))
-    assert done.returncode == 0, done.stdout + done.stderr + logs
-    results = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert results.keys() == gpu.JOBS.keys() - {"download"}
-    assert all(job["status"] == "ok" for job in results.values()), results
-    assert {job["step"] for job in results.values()} == set(gpu.TITLES)
-    table = (tmp_path / "gpu.md").read_text(encoding="utf-8")
-    assert table in done.stdout
-    assert all(f"### {step}. {title}" in table for step, title in gpu.TITLES.items() if step)
-    pictures = {picture for job in results.values() for picture in job["pictures"]}
-    expected = {f"mnist_{number}.png" for number in gpu.SCRIPTS} | {"cifar10_02.png", "relay.png"}
-    assert expected <= pictures
-    for picture in pictures:
-        Image.open(tmp_path / picture).load()
 
 
 def test_jobs_that_go_wrong_are_noted_and_do_not_stop_the_others(tmp_path):

@@ -1,6 +1,5 @@
 """A folder of images of one's own as DATASET: any kind of image, with classes or without."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,6 @@ from conftest import inside, load
 from PIL import Image
 
 script = load("02_ddpm.py")
-SMALL = {
-    "IMAGE_SIZE": 16,
-    "T": 5,
-    "BASE_CH": 8,
-    "CHANNEL_MULT": (1, 2),
-    "NUM_BLOCKS": 1,
-    "EPOCHS": 1,
-    "BATCH_SIZE": 6,
-}
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
@@ -161,50 +151,29 @@ def test_large_images_are_shrunk_by_means_and_small_ones_are_enlarged(tmp_path):
 # %% A folder
 
 
-def test_a_flat_folder_is_one_class(tmp_path):
-    write_folder(tmp_path / "cats", "b.png", "a.jpg", "c.PNG")
-    images, labels, names = script.load_folder(tmp_path / "cats", 8)
-    assert images.shape == (3, 3, 8, 8) and images.dtype == torch.uint8
-    assert greys(images) == [1, 0, 2], "by name"
-    assert labels.tolist() == [0, 0, 0] and labels.dtype == torch.int64 and names == ["cats"]
+FOLDERS = {  # files and the class of each; None: not an image of the dataset
+    "flat": {"b.png": "cats", "a.jpg": "cats", "c.PNG": "cats"},
+    "deep": {"train/dog/1.png": "dog", "cow/1.png": "cow", "test/dog/3.png": "dog"},
+    "both": {"1.png": "cats", "dog/3.png": "dog", "ant/2.png": "ant"},
+    "hidden": {"a.png": "cats", ".b.png": None, "b.png": "cats", "sub/.c/d/c.png": None},
+}
 
 
-def test_each_subfolder_is_a_class_however_deep(tmp_path):
-    write_folder(
-        tmp_path / "animals",
-        "train/dog/1.png",
-        "train/cat/2.png",
-        "train/cat/1.png",
-        "test/dog/3.png",
-        "horse/1.png",
-    )
-    (tmp_path / "animals" / "empty").mkdir()
-    images, labels, names = script.load_folder(tmp_path / "animals", 8)
-    assert names == ["cat", "dog", "horse"]
-    found = sorted(zip(greys(images), (names[label] for label in labels)))
-    assert found == [(0, "dog"), (1, "cat"), (2, "cat"), (3, "dog"), (4, "horse")]
-
-
-def test_images_beside_the_subfolders_are_one_more_class(tmp_path):
-    write_folder(tmp_path / "animals", "1.png", "cat/2.png", "dog/3.png")
-    images, labels, names = script.load_folder(tmp_path / "animals", 8)
-    assert names == ["animals", "cat", "dog"]
-    assert sorted(zip(greys(images), labels.tolist())) == [(0, 0), (1, 1), (2, 2)]
-
-
-def test_hidden_and_other_files_are_ignored(tmp_path):
-    folder = write_folder(tmp_path / "cats", "a.png", ".hidden.png", ".thumbnails/a.png", "b.png")
-    write_folder(folder, "sub/.cache/deep/c.png")
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_the_class_of_an_image_is_its_folder(tmp_path, kind):
+    """Other files are ignored; the folder itself may be below a hidden one."""
+    classes = FOLDERS[kind]
+    folder = write_folder(tmp_path / ".data" / "cats", *classes)
+    (folder / "empty").mkdir()
     for name in "README.txt", "Thumbs.db", "._b.png", "labels.csv":
         (folder / name).write_text("no image")
-    images, _, names = script.load_folder(folder, 8)
-    assert greys(images) == [0, 3] and names == ["cats"]
-
-
-def test_the_folder_itself_may_be_below_a_hidden_one(tmp_path):
-    folder = write_folder(tmp_path / ".data" / "cats", "a.png", "b/c.png")
-    images, _, names = script.load_folder(folder, 8)
-    assert len(images) == 2 and names == ["b", "cats"]
+    images, labels, names = script.load_folder(folder, 8)
+    assert names == sorted({name for name in classes.values() if name})
+    assert images.shape[1:] == (3, 8, 8) and images.dtype == torch.uint8
+    assert labels.dtype == torch.int64
+    found = [(number, names[label]) for number, label in zip(greys(images), labels)]
+    files = sorted(zip(classes, enumerate(classes.values())))
+    assert found == [pair for _, pair in files if pair[1]], "sorted by path"
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "cut"])
@@ -223,10 +192,11 @@ def test_an_unreadable_image_is_named(tmp_path, capsys, kind):
     assert message.endswith("): repair or remove it.") and "\n" not in message
 
 
-@pytest.mark.parametrize("name", ["empty", "MNITS", "mnist", "a file.png"])
+@pytest.mark.parametrize("name", ["empty", "lonely", "MNITS", "mnist", "a file.png"])
 def test_what_is_no_folder_of_images_is_refused_in_one_line(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "README.txt").write_text("no image")
+    write_folder(tmp_path / "lonely", "1.png")
     picture().save(tmp_path / "a file.png")
     with inside(tmp_path), pytest.raises(SystemExit) as end:
         script.load_dataset(name, Path("data"), 8)
@@ -250,90 +220,36 @@ def test_a_folder_may_be_relative_or_in_the_home_folder_or_a_path(tmp_path, monk
 # %% Whole runs
 
 
-def prepare(project, name, *files, **constants):
-    write_folder(project.folder / "cats", *files)
-    project.edit(name, **{**SMALL, "DATASET": "cats", **constants})
-
-
-@pytest.mark.parametrize("name", ["02_ddpm.py", "05_latent_diffusion.py"])
-def test_two_images_are_enough_and_one_is_refused_in_one_line(project, name):
-    options = {"DDIM_STEPS": 2} if name.startswith("05") else {}
-    prepare(project, name, "a.png", BATCH_SIZE=3, **options)
-    done = project.run_here(name)
-    assert done.returncode == 1 and project.outputs(name) == []
-    assert re.fullmatch(
-        r"DATASET: .*cats is neither .* nor a folder with 2 images\.\n", done.stderr
-    )
-    write_folder(project.folder / "cats", "a.png", "b.png")
-    done = project.run_here(name)
-    assert done.returncode == 0, done.stderr
-    assert "samples.png" in project.outputs(name)
-
-
-def test_02_learns_a_small_folder_of_mixed_images(project):
-    files = [f"{i}.{kind}" for i in range(4) for kind in ("png", "jpg", "bmp")]
-    prepare(project, "02_ddpm.py", *files, EPOCHS=2)
-    Image.new("LA", (30, 9), (200, 90)).save(project.folder / "cats" / "other.png")
-    Image.new("I;16", (5, 50), 999).save(project.folder / "cats" / "another.png")
+def test_02_is_content_with_two_images_of_any_kind(project, figures):
+    (project.folder / "cats").mkdir()
+    Image.new("LA", (30, 9), (200, 90)).save(project.folder / "cats" / "one.png")
+    Image.new("I;16", (5, 50), 999).save(project.folder / "cats" / "other.png")
+    project.prepare("02_ddpm.py", DATASET="cats")
     done = project.run_here("02_ddpm.py")
     assert done.returncode == 0, done.stderr
-    assert f"14 images of {project.folder.name}/cats/," in done.stdout
-    project.check_pictures("02_ddpm.py", others=["checkpoint.pt"])
-    path = project.folder / "outputs" / "02_ddpm" / "checkpoint.pt"
-    state = torch.load(path, weights_only=True)
-    assert state["settings"]["DATASET"].endswith("/cats/") and state["step"] == 2 * 14 // 6
+    assert f"2 images of {project.folder.name}/cats/," in done.stdout
+    state = project.state("02_ddpm.py")
+    assert state["settings"]["DATASET"].endswith("/cats/") and state["seen"] == 2
     assert state["settings"]["IMAGE_SHAPE"] == (3, 16, 16)
-    assert script.load(path).sample(2).shape == (2, 3, 16, 16)
+    assert project.names["ddpm"].sample(2).shape == (2, 3, 16, 16)
     project.edit("02_ddpm.py", IMAGE_SIZE=8)
     done = project.run_here("02_ddpm.py")
     assert done.returncode == 1
     assert "IMAGE_SHAPE was (3, 16, 16) and now is (3, 8, 8)" in done.stderr
 
 
-def test_03_takes_the_subfolders_as_classes(project):
+def test_03_takes_the_subfolders_as_classes(project, figures):
     files = [f"{animal}/{i}.png" for animal in ("lynx", "ant", "bee") for i in range(4)]
-    prepare(project, "03_conditional_ddpm.py", *files, SAMPLE_STEPS=2)
+    write_folder(project.folder / "cats", *files)
+    project.prepare("03_conditional_ddpm.py", DATASET="cats")
     done = project.run_here("03_conditional_ddpm.py")
     assert done.returncode == 0, done.stderr
     assert f"12 images of {project.folder.name}/cats/," in done.stdout
-    figures = {"guidance.png", "interpolation.png", "samples.png", "loss.png", "denoising.gif"}
-    assert figures <= set(project.outputs("03_conditional_ddpm.py"))
-    project.check_pictures("03_conditional_ddpm.py", others=["checkpoint.pt"])
-    module = load("03_conditional_ddpm.py")
-    path = project.folder / "outputs" / "03_conditional_ddpm" / "checkpoint.pt"
-    ddpm = module.load(path)
+    ddpm = project.names["ddpm"]
     assert ddpm.null_label == 3 and ddpm.class_names == ["ant", "bee", "lynx"]
     assert ddpm.model.label_embedding.num_embeddings == 4
     assert ddpm.sample(2, ["lynx", 0]).shape == (2, 3, 16, 16)
-    with pytest.raises(ValueError, match="ant, bee, lynx"):
-        ddpm.sample(1, "cat")
     # Another class of the same network: the labels would mean something else.
     (project.folder / "cats" / "bee").rename(project.folder / "cats" / "wasp")
     done = project.run_here("03_conditional_ddpm.py")
     assert done.returncode == 1 and "CLASS_NAMES was" in done.stderr and "'wasp'" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("03_conditional_ddpm.py", {"SAMPLE_STEPS": 2}),
-        ("05_latent_diffusion.py", {"DDIM_STEPS": 2, "VAE_EPOCHS": 1, "VAE_CH": 4}),
-    ],
-)
-def test_a_flat_folder_does_for_03_and_05(project, name, options):
-    """One class in 03; in 05 an odd number of images that are held out."""
-    prepare(project, name, *(f"{i}.png" for i in range(13)), **options)
-    done = project.run_here(name)
-    assert done.returncode == 0, done.stderr
-    others = [n for n in project.outputs(name) if n.endswith(".pt")]
-    project.check_pictures(name, others=others)
-
-
-@pytest.mark.parametrize(("name", "count"), [("celeba/", 43), ("folder/", 43), ("MNIST/", 20)])
-def test_05_holds_out_every_20th_image_whatever_the_folder_is_called(tmp_path, name, count):
-    """torchvision has things of these names, too."""
-    module = load("05_latent_diffusion.py")
-    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
-    train, test = module.hold_out(images, name, tmp_path)
-    assert test[:, 0, 0, 0].tolist() == list(range(0, count, 20))
-    assert sorted([*train[:, 0, 0, 0].tolist(), *range(0, count, 20)]) == list(range(count))

@@ -1,22 +1,21 @@
 """The README keeps its promises: each command and snippet is run, each name in it exists."""
 
+import code
+import functools
 import re
 import shlex
 import subprocess
+import sys
+from pathlib import Path
 
+import conftest
+import numpy as np
 import pytest
-from conftest import ROOT, load, scripts
-
-from utils.visualize import draw_digits
+from conftest import ROOT, scripts
+from PIL import Image
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALL = {"T": 10, "BASE_CH": 8, "EPOCHS": 1, "BATCH_SIZE": 50}
-MORE = {
-    "02": {"CHANNEL_MULT": (1, 2)},
-    "03": {"CHANNEL_MULT": (1, 2), "SAMPLE_STEPS": 5},
-    "04": {"CHANNEL_MULT": (1, 2), "DDIM_STEPS": 5, "T": 50},
-    "05": {"VAE_CH": 4, "VAE_EPOCHS": 1, "DDIM_STEPS": 5, "T": 50},
-}
+load = functools.cache(conftest.load)
 
 
 def blocks(language, text=README):
@@ -30,40 +29,37 @@ def section(title):
     return re.search(pattern, README)[1]
 
 
-def prepare(project, *names):
-    project.lay_mnist(*draw_digits(200, seed=1))
-    for name in names:
-        project.edit(name, **{**SMALL, **MORE.get(name[:2], {})})
-
-
 def commands():
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     return [line for line in lines if not line.startswith("#")]
 
 
-def test_commands_that_install_name_files_that_exist_and_the_rest_is_known():
-    """Those that install are run by .ci/run; here what they name is looked at."""
-    known = 0
+def test_commands_name_files_that_exist_and_are_known():
+    """Those that install are run by .ci/run, the scripts and programs below."""
     for command in commands():
-        words = [part.split() for part in command.split(" && ")]
-        for word in [w for part in words for w in part]:
+        words = command.split()
+        assert words[0] in ("python", "python3", "git", "source")
+        for word in words:
             if re.search(r"\.(py|txt)$", word) or word == "tests":
                 assert (ROOT / word).exists(), command
-        first = words[0][0]
-        known += first in ("python", "python3", "git", "source")
-    assert known == len(commands()) and known > 8
-    assert commands()[0].endswith("01_ddpm_toy.py")
+    assert commands()[0].endswith("01_ddpm_toy.py") and len(commands()) > 8
 
 
-def test_every_script_and_program_that_the_readme_starts_runs(project):
-    started = [shlex.split(c)[1:] for c in commands() if c.startswith("python ")]
-    names = [a[0] for a in started if a[0] in {s.name for s in scripts()}]
-    programs = [a[0] for a in started if a[0].startswith("utils/")]
+def test_programs_that_the_readme_starts_run(project, monkeypatch, real_figures):
+    """They find `utils` by themselves, and leave pictures."""
+    programs = [c.split()[1] for c in commands() if c.startswith("python utils/")]
     assert len(programs) == 2
-    prepare(project, *names)
-    for name in [*names, *programs]:
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in (str(ROOT), "")])
+    for name in [name for name in sys.modules if re.match(r"utils\b", name)]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in programs:
         done = project.run_here(name)
         assert done.returncode == 0, (name, done.stderr)
+        for saved in re.findall(r"(?m)^Saved (.*)$", done.stdout):
+            with Image.open(saved) as picture:
+                assert picture.width > 600 and np.asarray(picture.convert("L")).std() > 5
+    pictures = sorted(path.name for path in project.folder.glob("outputs/*/*"))
+    assert pictures == ["forward_process.png", "schedules.png", "why_slerp.png"]
 
 
 def test_the_differences_that_the_readme_shows_can_be_shown():
@@ -82,38 +78,38 @@ def test_code_in_the_ideas_is_that_of_the_scripts():
         assert any(block in text for text in texts), block
 
 
-def test_the_snippet_that_samples_without_training_runs(project):
-    prepare(project, "02_ddpm.py")
-    assert project.run_here("02_ddpm.py").returncode == 0
-    before = section("The scripts one by one").split("\n### ")[0]
-    (snippet,) = blocks("python", before)
-    project.edit("02_ddpm.py", BASE_CH=16)  # the constants at the top do not matter
-    (project.folder / "snippet.py").write_text(snippet, encoding="utf-8")
-    done = project.run("snippet.py")
-    assert done.returncode == 0, done.stderr
-    assert len(list(project.folder.glob("digit_*.png"))) == 4
-
-
 @pytest.mark.parametrize("script", scripts(), ids=lambda p: p.name)
-def test_snippets_to_play_with_run(project, script):
-    """As a person types them into `python -i`."""
-    if script.name.startswith("02"):
-        assert not blocks("python", section(script.name))
-        return
+def test_snippets_run(project, monkeypatch, capsys, script):
+    """The first as a person types it into `python -i`, others as programs of their own."""
+    project.prepare(script.name, T=50)
+    path = project.folder / script.name
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"(?m)^def (save_\w*figures)\(", text):  # they are tested elsewhere
+        text = text.replace("\nif __name__", f"\n{name} = lambda *_: None\nif __name__")
+    path.write_text(text, encoding="utf-8")
+    done = project.run_here(script.name)
+    assert done.returncode == 0, done.stderr
     found = blocks("python", section(script.name))
-    assert found
-    prepare(project, script.name)
-    typed = found[0] + "print('done', 'all')\n"
-    done = project.run("-i", script.name, stdin=typed)
-    assert "done all" in done.stdout, done.stderr
-    errors = done.stderr.split(">>>", 1)[-1]
-    assert "Error" not in errors, errors
-    for name in re.findall(r"\"(\w+\.png)\"", found[0]):
-        assert (project.folder / name).exists()
-    for block in found[1:]:  # in a program of its own
-        (project.folder / "snippet.py").write_text(block, encoding="utf-8")
-        done = project.run("snippet.py")
+    if script.name.startswith("02"):
+        assert not found
+        found = [None, *blocks("python", section("The scripts one by one").split("\n### ")[0])]
+        project.edit("02_ddpm.py", BASE_CH=16)  # the constants at the top do not matter
+    if found[0]:
+        console = code.InteractiveConsole(project.names)
+        with conftest.inside(project.folder):
+            for line in found[0].splitlines():
+                console.push(line)
+            assert not console.push("pass"), "nothing is left open"
+        assert "Error" not in capsys.readouterr().err
+    monkeypatch.syspath_prepend(project.folder)
+    for snippet in found[1:]:
+        (project.folder / "snippet.py").write_text(snippet, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, script.stem, raising=False)
+        done = project.run_here("snippet.py")
         assert done.returncode == 0, done.stderr
+        assert Path(sys.modules.pop(script.stem).__file__) == path
+    for name in re.findall(r"\"(\w+)(?:_\{i\})?\.png\"", "".join(filter(None, found))):
+        assert list(project.folder.glob(f"{name}*.png"))
 
 
 def test_links_lead_somewhere():
@@ -146,12 +142,11 @@ def test_constants_named_exist():
 
 
 def test_files_named_are_those_that_the_scripts_leave():
+    visualize = (ROOT / "utils" / "visualize.py").read_text(encoding="utf-8")
     for script in scripts():
+        text = script.read_text(encoding="utf-8") + visualize
         for name in re.findall(r"`([\w.]+\.(?:png|gif|pt))`", section(script.name)):
-            stem = name.split("001234")[0]
-            text = script.read_text(encoding="utf-8")
-            text += (ROOT / "utils" / "visualize.py").read_text(encoding="utf-8")
-            assert stem in text, f"{script.name} leaves no {name}"
+            assert name.split("001234")[0] in text, f"{script.name} leaves no {name}"
 
 
 def test_tables_have_the_columns_of_the_benchmark():

@@ -9,45 +9,36 @@ toy = load("01_ddpm_toy.py")
 CPU = torch.device("cpu")
 
 
-def make_model(channels=1, base_ch=8, random=True):
-    """A network; `random` also fills the layers that start at zero and would hide everything."""
-    torch.manual_seed(0)
+def make_model(channels=1, base_ch=8):
+    """A network without zeros in it: the layers that start at zero would hide everything."""
     model = toy.SimpleUNet(channels, base_ch)
-    if random:
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
     return model
 
 
 def make_ddpm(T, base_ch=8, image_shape=(1, 8, 8)):
-    torch.manual_seed(0)
     model = toy.SimpleUNet(image_shape[0], base_ch)
     return toy.SimpleDDPM(model, toy.linear_beta_schedule(T), image_shape, CPU)
 
 
-@pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 32), (1, 32), (3, 64)])
+@pytest.mark.parametrize(("channels", "side"), [(1, 28), (3, 32), (3, 64)])
 @pytest.mark.parametrize("base_ch", [1, 8, 20])
 def test_output_has_the_shape_of_the_input(channels, side, base_ch):
-    model = make_model(channels, base_ch)
-    x_t = torch.randn(2, channels, side, side)
+    model, x_t = make_model(channels, base_ch), torch.randn(2, channels, side, side)
     assert model(x_t, torch.tensor([0, 999])).shape == x_t.shape
 
 
-def test_prediction_depends_on_image_and_timestep():
-    model = make_model()
-    x_t = torch.randn(1, 1, 28, 28)
-    answer = model(x_t, torch.tensor([10]))
-    assert (model(x_t, torch.tensor([500])) - answer).abs().max() > 1e-3
-    assert (model(x_t + 0.1, torch.tensor([10])) - answer).abs().max() > 1e-3
-
-
-def test_images_in_a_batch_do_not_influence_each_other():
+def test_prediction_depends_on_image_and_timestep_and_on_no_other_image():
     model = make_model()
     x_t, t = torch.randn(4, 1, 28, 28), torch.tensor([0, 10, 500, 999])
     together = model(x_t, t)
     for i in range(4):
-        alone = model(x_t[i : i + 1], t[i : i + 1])
+        x, step = x_t[i : i + 1], t[i : i + 1]
+        alone = model(x, step)
         assert torch.allclose(together[i : i + 1], alone, atol=1e-3, rtol=1e-3)
+        for other in model(x, (step + 400) % 1000), model(torch.randn_like(x), step):
+            assert (other - alone).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("cut", "before"), [("up_28", "conv_in"), ("up_14", "down_14")])

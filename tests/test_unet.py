@@ -26,24 +26,22 @@ def blocks(model):
     return [m for m in model.modules() if isinstance(m, script.ResBlock)]
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 32, 32), (3, 28, 28), (3, 64, 64)])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
 @pytest.mark.parametrize("form", [(8, (1, 2, 2), 1), (5, (2, 1, 3), 2), (1, (1,), 1)])
 def test_output_has_the_shape_of_the_input(shape, form):
-    model = make_model(shape, *form)
-    x_t = torch.randn(2, *shape)
+    model, x_t = make_model(shape, *form), torch.randn(2, *shape)
     assert model(x_t, torch.tensor([0, 999])).shape == x_t.shape
 
 
-def test_a_side_that_cannot_be_halved_is_refused():
-    with pytest.raises(AssertionError, match="28 pixels cannot be halved"):
+def test_a_side_that_cannot_be_halved_ends_with_one_line():
+    with pytest.raises(SystemExit, match=r"CHANNEL_MULT = \(1, 2, 2, 2\) halves 28 pixels too"):
         make_model(ch_mult=(1, 2, 2, 2))
 
 
 def test_the_size_is_that_of_the_papers():
     """DDPM's network for CIFAR-10 has 35.7 million parameters (section 4); ours also scales."""
     model = script.UNet((3, 32, 32), 128, (1, 2, 2, 2), 2, (16,), 0.1, torch.float32)
-    size = sum(p.numel() for p in model.parameters())
-    assert size == pytest.approx(35.7e6, rel=0.1)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(35.7e6, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -60,10 +58,10 @@ def test_attention_is_where_it_was_asked_for(shape, attention_at, expected):
     model = make_model(shape, attention_at=attention_at)
     sides = {True: set(), False: set()}
     for block in blocks(model):
-        if block is model.middle_1:
-            assert isinstance(block.attention, script.Attention), "the middle always has it"
-        elif block is not model.middle_2:
-            has = isinstance(block.attention, script.Attention)
+        has = isinstance(block.attention, script.Attention)
+        if block in (model.middle_1, model.middle_2):
+            assert has == (block is model.middle_1), "the middle always has it, once"
+        else:
             hook = lambda module, args, out, has=has: sides[has].add(out.shape[-1])  # noqa: E731
             block.register_forward_hook(hook)
     model(torch.randn(1, *shape), torch.tensor([5]))
@@ -72,7 +70,6 @@ def test_attention_is_where_it_was_asked_for(shape, attention_at, expected):
 
 
 def test_attention_is_softmax_of_scaled_products():
-    torch.manual_seed(0)
     attention = script.Attention(128)  # two heads of 64
     torch.nn.init.normal_(attention.out.weight, std=0.1)
     x = torch.randn(2, 128, 4, 4)
@@ -102,14 +99,12 @@ def test_attention_reaches_across_the_image_where_convolutions_do_not():
 
 
 def test_prediction_depends_on_image_and_timestep_in_every_block():
-    model = make_model()
-    x_t, t = torch.randn(1, 1, 28, 28), torch.tensor([10])
-    answer = model(x_t, t)
-    assert (model(x_t + 0.1, t) - answer).abs().max() > 1e-3
+    model, x_t, t = make_model(), torch.randn(1, 1, 28, 28), torch.tensor([10])
+    assert (model(x_t + 0.1, t) - model(x_t, t)).abs().max() > 1e-3
     for block in blocks(model):
         x = torch.randn(1, block.norm_1.num_channels, 4, 4)
-        embeddings = [model.time(script.timestep_embedding(s, 16)) for s in (t, t + 500)]
-        assert (block(x, embeddings[0]) - block(x, embeddings[1])).abs().max() > 1e-3
+        answers = [block(x, model.embed(s)) for s in (t, t + 500)]
+        assert (answers[0] - answers[1]).abs().max() > 1e-3
 
 
 def test_images_in_a_batch_do_not_influence_each_other():
@@ -132,8 +127,7 @@ def test_at_first_every_block_is_its_shortcut_and_the_answer_is_zero():
 
 
 def test_dropout_is_on_in_training_and_off_in_evaluation():
-    model = make_model(dropout=0.5)
-    x_t, t = torch.randn(1, 1, 28, 28), torch.tensor([10])
+    model, x_t, t = make_model(dropout=0.5), torch.randn(1, 1, 28, 28), torch.tensor([10])
     assert torch.equal(model(x_t, t), model(x_t, t))
     model.train()
     assert not torch.equal(model(x_t, t), model(x_t, t))

@@ -1,10 +1,14 @@
-"""utils/visualize.py: the drawn digits and the figures."""
+"""utils/visualize.py: the drawn digits and the figures; also those of tests/figures.py."""
 
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from figures import bars, quality_by_steps, trade_off
 from PIL import Image
 
 from utils import visualize
@@ -25,26 +29,19 @@ def test_drawn_digits_have_the_shape_and_range_of_mnist():
     assert labels.shape == (500,) and labels.dtype == torch.int64
     assert sorted(labels.unique().tolist()) == list(range(10))
     assert images.min() == 0 and images.max() == 255
-    ink = images.float().mean() / 255
-    assert 0.05 < ink < 0.25, "MNIST has 0.13"
+    assert 0.05 < images.float().mean() / 255 < 0.25, "MNIST has 0.13"
     assert (images[:, 0].float().mean() < 5) and (images[:, :, 0].float().mean() < 5), "clear edge"
     assert (images.flatten(1).amax(1) > 150).all(), "no image is empty"
 
 
-def test_drawn_digits_follow_the_seed():
-    first, labels = draw_digits(50, seed=1)
-    again, labels_again = draw_digits(50, seed=1)
-    other, _ = draw_digits(50, seed=2)
-    assert torch.equal(first, again) and torch.equal(labels, labels_again)
-    assert not torch.equal(first, other)
-
-
-def test_drawn_digits_leave_the_global_random_state_alone():
+def test_drawn_digits_follow_their_seed_and_leave_the_global_random_state_alone():
     torch.manual_seed(5)
-    expected = torch.rand(3)
+    first, again, other = (draw_digits(50, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0])
+    random = torch.rand(3)
     torch.manual_seed(5)
-    draw_digits(20)
-    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(random, torch.rand(3))
 
 
 def test_drawn_digits_vary_and_can_be_told_apart():
@@ -68,36 +65,27 @@ def test_drawing_a_senseless_number_of_digits(n):
 # %% Figures
 
 
-def make_frames(channels=1, side=8, count=4, stages=12):
-    frames = []
-    for i in range(stages):
-        x = torch.rand(count, channels, side, side) * 2 - 1
-        frames.append((stages - 2 - i, x, x / 2))
-    return frames
+def make_frames(channels=1, count=4, stages=12):
+    images = torch.rand(stages, count, channels, 8, 8) * 2 - 1
+    return [(stages - 2 - i, x, x / 2) for i, x in enumerate(images)]
 
 
-def make_figures(folder, channels=1):
-    x = torch.rand(5, channels, 8, 8) * 2 - 1
-    alphas_cumprod = torch.linspace(0.999, 0.001, 50)
+def test_every_figure_is_written_and_shows_something(tmp_path):
+    x, folder = torch.rand(5, 3, 8, 8) * 2 - 1, tmp_path / "new folder"
+    frames, alphas_cumprod = make_frames(channels=3), torch.linspace(0.999, 0.001, 50)
     losses = [0, 5, 9], [0.3, 0.2, 0.1], [0.1, 0.1, 0.0]
-    return [
+    paths = [
         visualize.sample_grid(x, folder / "grid.png", "Title", "note"),
-        visualize.denoising_strip(make_frames(channels), folder / "strip.png"),
-        visualize.denoising_gif(make_frames(channels), folder / "steps.gif"),
+        visualize.denoising_strip(frames, folder / "strip.png"),
+        visualize.denoising_gif(frames, folder / "steps.gif"),
         visualize.loss_curve(np.linspace(1, 0.1, 300), folder / "loss.png"),
         visualize.image_table({"a": x[:2], "b": x[2:4]}, folder / "table.png", ["one", "two"]),
         visualize.timestep_losses(*losses, folder / "timesteps.png"),
         visualize.forward_process(x[:2], alphas_cumprod, folder / "forward.png"),
         visualize.schedule_comparison(x[0], folder / "schedules.png"),
     ]
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_figure_is_written_and_shows_something(tmp_path, channels):
-    paths = make_figures(tmp_path / "new folder", channels)
-    for path in paths:
-        assert pixels(path).std() > 5, path.name
-    assert len(os.listdir(tmp_path / "new folder")) == len(paths), "no temporary file stays"
+    assert all(pixels(path).std() > 5 for path in paths)
+    assert len(os.listdir(folder)) == len(paths), "no temporary file stays"
 
 
 def test_paths_may_begin_with_the_home_folder_and_name_a_format(tmp_path, monkeypatch):
@@ -109,7 +97,7 @@ def test_paths_may_begin_with_the_home_folder_and_name_a_format(tmp_path, monkey
     assert gif == tmp_path / "grid.gif" and gif.read_bytes().startswith(b"GIF")
 
 
-def test_each_pixel_of_large_images_is_shown(tmp_path):
+def test_each_pixel_of_large_images_is_shown(tmp_path, real_figures):
     """Columns of white and black in turn: the figure has as many."""
     images = torch.ones(36, 1, 128, 128)
     images[..., ::2] = -1
@@ -138,39 +126,32 @@ def test_a_table_that_is_not_full_is_refused(tmp_path, lengths, names, expected)
     assert not list(tmp_path.iterdir())
 
 
-def drawn(monkeypatch, draw, *arguments, **options):
-    """The figure that a function would have saved."""
-    figures = []
-    monkeypatch.setattr(visualize, "_save", lambda fig, path: figures.append(fig) or path)
-    draw(*arguments, **options)
-    return figures[0]
-
-
 @pytest.mark.parametrize("columns", [("left", "middle", "right"), ()])
-def test_a_table_of_images_has_its_rows_and_names_in_order(monkeypatch, columns):
+def test_a_table_of_images_has_its_rows_and_names_in_order(figures, columns):
     greys = {"first": (-1.0, 0.0, 1.0), "second": (1.0, -1.0, 0.0)}
     rows = {k: torch.tensor(v).view(3, 1, 1, 1).expand(3, 1, 4, 4) for k, v in greys.items()}
-    fig = drawn(monkeypatch, visualize.image_table, rows, "t.png", columns, "Title", "a note")
+    visualize.image_table(rows, Path("t.png"), columns, "Title", "a note")
+    fig = figures["t.png"]
     (ax,) = fig.axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["first", "second"]
     assert [label.get_text() for label in ax.get_xticklabels()] == list(columns)
     shown = ax.images[0].get_array()
-    x = (2, 8, 14)  # 4 pixels each, and 2 between them
-    assert [[int(shown[y, i, 0]) for i in x] for y in (2, 8)] == [[0, 128, 255], [255, 0, 128]]
-    assert list(ax.get_yticks()) == [2, 8] and list(ax.get_xticks()) == list(x[: len(columns)])
+    x = (3, 9, 15)  # 4 pixels each, and 2 around and between them; the names stand in the middle
+    assert [[int(shown[y, i, 0]) for i in x] for y in (3, 9)] == [[0, 128, 255], [255, 0, 128]]
+    assert list(ax.get_yticks()) == [3, 9] and list(ax.get_xticks()) == list(x[: len(columns)])
     assert fig.get_suptitle() == "Title" and fig.get_supxlabel() == "a note"
 
 
-def test_a_table_is_printed_and_drawn(monkeypatch, capsys):
+def test_a_table_is_printed_and_drawn(figures, capsys):
     rows = [["DDIM, η = 0", "5", "1.0 ×"], ["DDPM", "1000", "20.5 ×"]]
     header = ["sampler", "steps", "speed-up"]
-    fig = drawn(monkeypatch, visualize.table, header, rows, "t.png", "Title")
+    visualize.table(header, rows, Path("t.png"), "Title")
     assert capsys.readouterr().out.splitlines() == [
         "    sampler  steps  speed-up",
         "DDIM, eta = 0      5     1.0 x",
         "       DDPM   1000    20.5 x",
     ]
-    (table,) = fig.axes[0].tables
+    (table,) = figures["t.png"].axes[0].tables
     cells = {place: cell.get_text().get_text() for place, cell in table.get_celld().items()}
     texts = [[cells[row, column] for column in range(3)] for row in range(3)]
     assert texts == [header, *rows]
@@ -179,34 +160,27 @@ def test_a_table_is_printed_and_drawn(monkeypatch, capsys):
 def test_what_every_script_leaves(tmp_path, monkeypatch, capsys):
     given = {}
     for name in "sample_grid", "denoising_strip", "denoising_gif", "loss_curve":
-        draw = getattr(visualize, name)
-
-        def keep(shown, path, *arguments, draw=draw, **options):
-            given[path.name] = shown
-            return draw(shown, path, *arguments, **options)
-
+        keep = lambda shown, path, *_, **__: given.update({path.name: shown, "in": path.parent})  # noqa: E731
         monkeypatch.setattr(visualize, name, keep)
-    samples, frames, losses = torch.rand(4, 1, 8, 8), make_frames(), [0.5, 0.2, 0.1]
-    folder = tmp_path / "new" / "folder"
-    visualize.save_results(str(folder), samples, frames, losses, "MNIST, SEED = 0", "Title")
-    names = ["denoising.gif", "denoising.png", "loss.png", "samples.png"]
-    assert sorted(os.listdir(folder)) == sorted(given) == names
-    assert given["samples.png"] is samples and given["loss.png"] is losses
-    assert given["denoising.png"] is given["denoising.gif"] is frames
-    assert all(pixels(folder / name).std() > 5 for name in names)
+    visualize.save_results(str(tmp_path), "samples", "frames", "losses", "MNIST", "Title")
+    assert given.pop("in") == tmp_path
+    assert sorted(given.items()) == [
+        ("denoising.gif", "frames"),
+        ("denoising.png", "frames"),
+        ("loss.png", "losses"),
+        ("samples.png", "samples"),
+    ]
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and all(name in printed for name in [*names, str(folder)])
+    assert printed.count("\n") == 1 and all(name in printed for name in [*given, str(tmp_path)])
 
 
-def test_tiles_stand_row_by_row_in_the_right_greys():
+def test_tiles_stand_row_by_row_in_the_right_greys_and_colours():
     images = torch.tensor([-1.0, 0.0, 1.0, 5.0]).view(4, 1, 1, 1).expand(4, 1, 2, 2)
     tiles = visualize._tile(images, columns=2, gap=1, background=7)
-    assert tiles.shape == (5, 5, 3)
-    assert [tiles[y, x, 0] for y in (0, 3) for x in (0, 3)] == [0, 128, 255, 255]
-    assert (tiles[2] == 7).all() and (tiles[:, 2] == 7).all()
-
-
-def test_colour_images_keep_their_colours():
+    assert tiles.shape == (7, 7, 3)
+    assert [tiles[y, x, 0] for y in (1, 4) for x in (1, 4)] == [0, 128, 255, 255]
+    for edge in 0, 3, 6:
+        assert (tiles[edge] == 7).all() and (tiles[:, edge] == 7).all()
     red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     assert (visualize._tile(red, columns=1) == [255, 0, 0]).all()
 
@@ -219,7 +193,7 @@ def test_animation_runs_from_first_to_last_frame(tmp_path):
         greys = []
         for i in range(3):
             animation.seek(i)
-            greys.append(animation.convert("L").getpixel((2, 2)))
+            greys.append(animation.convert("L").getpixel((4, 4)))
         assert greys == [0, 128, 255]
         assert animation.info["duration"] == 2000
 
@@ -255,49 +229,28 @@ def test_a_failed_save_leaves_the_old_picture(tmp_path, monkeypatch):
 
 def test_figures_appear_in_a_notebook(tmp_path, monkeypatch):
     shown = []
-
-    class Shell:
-        kernel = True
-
-    class IPython:
-        @staticmethod
-        def get_ipython():
-            return Shell()
-
-        class display:
-            display = shown.append
-
-            class Image:
-                def __init__(self, filename):
-                    self.bytes = filename.read_bytes()
-
-    monkeypatch.setitem(visualize.sys.modules, "IPython", IPython)
+    display = SimpleNamespace(display=shown.append, Image=lambda filename: filename.read_bytes())
+    ipython = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=True), display=display)
+    monkeypatch.setitem(visualize.sys.modules, "IPython", ipython)
     png = visualize.sample_grid(torch.zeros(4, 1, 8, 8), tmp_path / "grid.png")
     gif = visualize.grid_gif(torch.zeros(3, 4, 1, 8, 8), tmp_path / "grid.gif")
-    assert [picture.bytes for picture in shown] == [png.read_bytes(), gif.read_bytes()]
+    assert shown == [png.read_bytes(), gif.read_bytes()]
 
 
-def test_run_as_a_script_without_and_with_mnist(project):
-    done = project.run_here("utils/visualize.py")
-    assert done.returncode == 0, done.stderr
-    assert "drawn digits" in done.stdout
-    folder = project.folder / "outputs" / "visualize"
-    assert sorted(p.name for p in folder.iterdir()) == ["forward_process.png", "schedules.png"]
-    assert all(pixels(p).std() > 5 for p in folder.iterdir())
+def test_the_program_takes_mnist_if_it_is_there_and_intact(project):
+    data, drawn_ones = project.folder / "data", draw_digits(200, seed=0)
+    images, name = visualize._some_digits(data)
+    assert name == "drawn digits" and images.shape == (5, 1, 28, 28) and images.abs().max() == 1
+    labels = [(((x + 1) * 127.5).round() == drawn_ones[0]).flatten(1).all(1) for x in images]
+    assert [drawn_ones[1][match].tolist() for match in labels] == [[0], [1], [2], [3], [4]]
     project.lay_mnist(*draw_digits(100, seed=1))
-    done = project.run_here("utils/visualize.py")
-    assert done.returncode == 0, done.stderr
-    assert "Images: MNIST" in done.stdout
+    assert visualize._some_digits(data)[1] == "MNIST"
     for content in b"", b"<html>not found</html>":
-        file = project.folder / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte"
-        file.write_bytes(content)
-        done = project.run_here("utils/visualize.py")
-        assert done.returncode == 0 and "drawn digits" in done.stdout and "Trace" not in done.stderr
+        (data / "MNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(content)
+        assert visualize._some_digits(data)[1] == "drawn digits"
 
 
 def test_schedules_are_those_of_diffusers():
-    from diffusers import DDPMScheduler
-
     linear = DDPMScheduler(1000, beta_schedule="linear").alphas_cumprod
     cosine = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod
     assert (visualize._linear_alphas_cumprod().float() - linear).abs().max() < 1e-6
@@ -306,10 +259,8 @@ def test_schedules_are_those_of_diffusers():
 
 def guided(difference):
     """Predictions at scales 0 to 2 whose difference is across the first."""
-    image, noise = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
-    noise[..., 0, 0] = 1.0
-    across = torch.zeros(1, 1, 8, 8)
-    across[..., 0, 1] = difference
+    image, noise, across = torch.zeros(3, 1, 1, 8, 8)
+    noise[..., 0, 0], across[..., 0, 1] = 1.0, difference
     return {scale: (image, noise + scale * across) for scale in (0, 1, 2)}
 
 
@@ -318,72 +269,43 @@ def scores(recall):
     return {scale: dict(zip(names, (0.9, recall, 0.5, 2.0))) for scale in (0, 1, 3)}
 
 
+IMAGES, ALPHAS_CUMPROD = torch.zeros(3, 3, 8, 8), torch.linspace(0.99, 0.01, 50)
+
+
 @pytest.mark.parametrize(
-    ("draw", "one", "other"),
+    ("draw", "arguments"),
     [
-        (visualize.table, (["a", "b"], [["x", "1"]]), (["a", "b"], [["x", "2"]])),
-        (
-            visualize.reconstruction_errors,
-            ({10: 0.1, 20: 0.05}, {"image": torch.zeros(3, 1, 8, 8)}),
-            ({10: 0.1, 20: 0.02}, {"image": torch.zeros(3, 1, 8, 8)}),
-        ),
-        (
-            visualize.blend_comparison,
-            ({"lerp": [1, 0.7, 1]}, {"lerp": torch.zeros(3, 1, 8, 8)}),
-            ({"lerp": [1, 0.9, 1]}, {"lerp": torch.zeros(3, 1, 8, 8)}),
-        ),
-        (visualize.trade_off, (scores(0.9),), (scores(0.3),)),
-        (visualize.bars, ({"a": 3.0, "b": 1.0},), ({"a": 3.0, "b": 2.0},)),
-        (
-            visualize.quality_by_steps,
-            ({"a": {10: 3.0, 50: 1.0}}, ("DDPM", 0.9)),
-            ({"a": {10: 3.0, 50: 2.0}}, ("DDPM", 0.9)),
-        ),
-        (visualize.guidance_vectors, (guided(0.5),), (guided(0.9),)),
-        (
-            visualize.latent_pictures,
-            (torch.zeros(3, 1, 8, 8), torch.zeros(4, 3, 2, 2)),
-            (torch.zeros(3, 3, 8, 8), torch.ones(4, 3, 2, 2)),
-        ),
-        (
-            visualize.latent_scaling,
-            (torch.linspace(-3, 3, 1000), 0.5, torch.linspace(0.99, 0.01, 50)),
-            (torch.linspace(-3, 3, 1000), 2.0, torch.linspace(0.99, 0.01, 50)),
-        ),
+        (visualize.table, lambda v: (["a", "b"], [["x", f"{v}"]])),
+        (visualize.reconstruction_errors, lambda v: ({10: 1.0, 20: v}, {"image": IMAGES})),
+        (visualize.blend_comparison, lambda v: ({"lerp": [1, v, 1]}, {"lerp": IMAGES})),
+        (visualize.guidance_vectors, lambda v: (guided(v),)),
+        (visualize.latent_pictures, lambda v: (IMAGES, torch.full((4, 3, 2, 2), v))),
+        (visualize.latent_scaling, lambda v: (torch.linspace(-3, 3, 99), v, ALPHAS_CUMPROD)),
+        (trade_off, lambda v: (scores(v),)),
+        (bars, lambda v: ({"a": 3.0, "b": v},)),
+        (quality_by_steps, lambda v: ({"a": {10: 3.0, 50: v}}, ("DDPM", 0.1))),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
+    ids=lambda value: value.__name__,
 )
-def test_figures_show_what_they_are_given(tmp_path, draw, one, other):
-    first = pixels(draw(*one, tmp_path / "one.png"))
-    second = pixels(draw(*other, tmp_path / "other.png"))
-    assert min(first.shape[:2]) > 80 and first.std() > 5
-    assert first.shape != second.shape or not np.array_equal(first, second)
-    assert sorted(os.listdir(tmp_path)) == ["one.png", "other.png"]
+def test_figures_show_what_they_are_given(tmp_path, draw, arguments):
+    one, other = (pixels(draw(*arguments(v), tmp_path / f"{v}.png")) for v in (0.7, 0.9))
+    assert min(one.shape[:2]) > 30 and one.std() > 5
+    assert not np.array_equal(one, other)
+    assert sorted(os.listdir(tmp_path)) == ["0.7.png", "0.9.png"]
 
 
-def test_half_hidden_is_where_signal_and_noise_are_equal(tmp_path, monkeypatch):
+def test_half_hidden_is_where_signal_and_noise_are_equal(figures):
     """With ᾱ falling evenly from 1 to 0, latents of variance 1 are half hidden in the middle."""
-    texts = []
-
-    def keep(fig, path):
-        texts.extend(text.get_text() for text in fig.axes[1].get_legend().get_texts())
-        return path
-
-    monkeypatch.setattr(visualize, "_save", keep)
-    latents = 2 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    alphas_cumprod = torch.linspace(0.999, 0.001, 1000)
-    visualize.latent_scaling(latents, 0.5, alphas_cumprod, tmp_path / "x.png")
+    latents, alphas_cumprod = 2 * torch.randn(100_000), torch.linspace(0.999, 0.001, 1000)
+    visualize.latent_scaling(latents, 0.5, alphas_cumprod, Path("x.png"))
+    texts = [text.get_text() for text in figures["x.png"].axes[1].get_legend().get_texts()]
     at = [int(text.split("t = ")[1]) for text in texts]
     assert at == [pytest.approx(800, abs=5), pytest.approx(500, abs=5), pytest.approx(990, abs=5)]
 
 
-def test_guidance_vectors_are_at_their_place_in_the_plane(monkeypatch, tmp_path):
-    kept = []
-    monkeypatch.setattr(visualize, "_save", lambda fig, path: kept.append(fig))
-    visualize.guidance_vectors(guided(0.5), tmp_path / "a.png")
-    tips = [tuple(line.get_xydata()[0]) for line in kept[0].axes[0].lines]
-    assert np.allclose(tips, [(1, 0), (1, 0.5), (1, 1)])
-    # Without any difference there is no second direction, and nothing is divided by zero.
-    visualize.guidance_vectors(guided(0.0), tmp_path / "a.png")
-    tips = [tuple(line.get_xydata()[0]) for line in kept[1].axes[0].lines]
-    assert np.allclose(tips, [(1, 0)] * 3)
+@pytest.mark.parametrize("difference", [0.5, 0.0])
+def test_guidance_vectors_are_at_their_place_in_the_plane(figures, difference):
+    """Without any difference there is no second direction, and nothing is divided by zero."""
+    visualize.guidance_vectors(guided(difference), Path("a.png"))
+    tips = [tuple(line.get_xydata()[0]) for line in figures["a.png"].axes[0].lines]
+    assert np.allclose(tips, [(1, 0), (1, difference), (1, 2 * difference)])

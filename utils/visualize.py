@@ -35,7 +35,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
 
 __all__ = [
-    "bars",
     "blend_comparison",
     "denoising_gif",
     "denoising_strip",
@@ -47,14 +46,12 @@ __all__ = [
     "latent_pictures",
     "latent_scaling",
     "loss_curve",
-    "quality_by_steps",
     "reconstruction_errors",
     "sample_grid",
     "save_results",
     "schedule_comparison",
     "table",
     "timestep_losses",
-    "trade_off",
 ]
 
 # From Okabe and Ito's palette, made for colour-blind readers.
@@ -390,44 +387,6 @@ def table(header, rows, path, title="", note=""):
 
 
 @matplotlib.rc_context(STYLE)
-def bars(values, path, title="", xlabel="", note="", other_from=None):
-    """Save numbers by name, {name: number}, as bars; from bar number other_from on in grey."""
-    fig = _figure(8, 1.2 + 0.32 * len(values), title, note)
-    ax, names = fig.subplots(), list(values)
-    colours = [BLUE if i < (other_from or len(values)) else GREY for i in range(len(values))]
-    drawn = ax.barh(names, list(values.values()), color=colours)
-    ax.bar_label(drawn, fmt="%.2f", padding=3)
-    ax.invert_yaxis()
-    ax.set(xlabel=xlabel, xlim=(0, 1.1 * max(values.values())))
-    return _save(fig, path)
-
-
-@matplotlib.rc_context(STYLE)
-def trade_off(scores, path, title="What guidance gives and what it takes", note=""):
-    """Save how accuracy, diversity and the Fréchet distance depend on the guidance scale.
-
-    scores: {scale: {"read as asked", "recall", "spread", "Fréchet distance": number}}.
-    """
-    fig = _figure(9.5, 4.2, title, note)
-    left, right = fig.subplots(1, 2)
-    labels = {
-        "read as asked": "read as the digit that was asked for",
-        "spread": "spread within a digit (real images: 1)",
-        "recall": "recall: share of real images in reach",
-    }
-    for (name, label), colour, mark in zip(labels.items(), (ORANGE, BLUE, GREY), "os^"):
-        values = [score[name] for score in scores.values()]
-        left.plot(list(scores), values, mark + "-", color=colour, label=label)
-    left.set(title="Accuracy and diversity", xlabel="guidance scale", ylim=(0, 2))
-    left.legend(loc="upper right", fontsize=8)
-    distances = [score["Fréchet distance"] for score in scores.values()]
-    right.plot(list(scores), distances, "o-", color=BLUE)
-    right.set(title="Fréchet distance (lower is better)", xlabel="guidance scale")
-    right.set_ylim(bottom=0)
-    return _save(fig, path)
-
-
-@matplotlib.rc_context(STYLE)
 def guidance_vectors(predictions, path, title="Guidance in the plane of two predictions", note=""):
     """Save the noise that is predicted at some guidance scales as arrows, with x̂_0 at their tips.
 
@@ -453,33 +412,6 @@ def guidance_vectors(predictions, path, title="Guidance in the plane of two pred
     ax.set(xlabel="along the noise predicted without label (orange)", ylabel="across, stretched")
     ax.set_xlim(0, 1.2 * max(float(vector @ along) for vector in noise.values()))
     ax.margins(y=0.15)
-    return _save(fig, path)
-
-
-@matplotlib.rc_context(STYLE)
-def quality_by_steps(curves, reference, path, title="Quality against cost", note=""):
-    """Save how the Fréchet distance of samplers falls with the network evaluations per image.
-
-    curves: {"sampler, spacing": {evaluations: distance}}; a sampler has one colour, a spacing one
-    style. reference: (name, distance), drawn across.
-    """
-    fig = _figure(9.5, 5, title, note)
-    ax = fig.subplots()
-    colours, styles = {}, {}
-    for name, curve in curves.items():
-        sampler, _, spacing = name.rpartition(", ")
-        colour = colours.setdefault(sampler, (BLUE, ORANGE, "#009E73")[len(colours) % 3])
-        style = styles.setdefault(spacing, ("o-", "s--", "^:")[len(styles) % 3])
-        ax.plot(list(curve), list(curve.values()), style, color=colour, label=name)
-    ax.axhline(reference[1], color=GREY, linestyle="--", label=reference[0])
-    ticks = sorted({evaluations for curve in curves.values() for evaluations in curve})
-    ax.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance")
-    ax.set_xticks(ticks, ticks)
-    ax.minorticks_off()
-    low, high = ax.get_ylim()
-    heights = [height for height in (1, 2, 5, 10, 20, 50, 100, 200) if low < height < high]
-    ax.set_yticks(heights, heights)
-    ax.legend()
     return _save(fig, path)
 
 

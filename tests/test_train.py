@@ -1,0 +1,373 @@
+"""`train` of 02: averages, learning rate, randomness, saving and resuming, and what it refuses."""
+
+import io
+import math
+import os
+import re
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import EACH_STEP, load
+
+script = load("02_ddpm.py")
+CPU = torch.device("cpu")
+COUNT = 40  # images; an epoch has 5 steps
+SETTINGS = {"T": 50, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 0.02, "EMA_DECAY": 0.9999}
+SETTINGS |= {"SEED": 0, "SAVE_EVERY": 1, "PREVIEW_EVERY": 1000}  # minutes; a step takes 25 seconds
+
+
+def simple_network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+
+
+def diffusion(precision=torch.float32):
+    torch.manual_seed(0)
+    model = script.UNet((1, 8, 8), 8, (1,), 1, (), 0.1, precision)
+    return script.DDPM(model, script.cosine_beta_schedule(50), (1, 8, 8), CPU)
+
+
+def all_weights(model):
+    return torch.cat([weight.detach().flatten() for weight in model.parameters()])
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Return a function that calls `train`, by a clock of its own, run.clock, in seconds.
+
+    Without ddpm, a simple network learns from random numbers and the indices of the images.
+    see: called with each step's number in this call, its loss and the model; may return another
+    loss. stop_at: the step in which someone presses Ctrl-C.
+    """
+    path = tmp_path / "checkpoint.pt"
+    monkeypatch.setattr(script, "now", lambda: run.clock)
+
+    def run(see=None, ddpm=None, stop_at=0, fixed=("T",), preview=None, extras=(), **settings):
+        model, batches = ddpm.model if ddpm else simple_network(), []
+
+        def step(index):
+            run.clock += 25
+            batches.append(index)
+            if len(batches) == stop_at:
+                raise KeyboardInterrupt
+            white = torch.ones(len(index), 1, 8, 8)  # easy to learn
+            x = torch.randn(len(index), 3) + index[:, None] / COUNT
+            loss = ddpm.loss(white) if ddpm else model(x).square().mean()
+            other = see and see(len(batches), loss, model)
+            return loss if other is None else other
+
+        settings = {**SETTINGS, **settings}
+        done = script.train(model, step, COUNT, settings, fixed, path, preview, **dict(extras))
+        return SimpleNamespace(model=model, averaged=done[0], losses=done[1], batches=batches)
+
+    run.clock, run.path = 1000.0, path
+    run.state = lambda: torch.load(path, weights_only=True)
+    return run
+
+
+# %% The average, the learning rate, the optimizers
+
+
+def test_average_is_the_mean_of_the_recent_weights(run):
+    """Against the definition: a weighted mean of all weights so far, the weights adding to 1."""
+    weights = []
+    done = run(lambda _, loss, model: weights.append(all_weights(model)), EPOCHS=10, EMA_DECAY=0.8)
+    weights.append(all_weights(done.model))
+    shares = torch.eye(51)[0]
+    for step in range(1, 51):
+        decay = min(0.8, (1 + step) / (10 + step))  # EMA_DECAY takes over at step 35
+        shares *= decay
+        shares[step] = 1 - decay
+    expected = sum(s * w for s, w in zip(shares, weights, strict=True))
+    assert torch.allclose(all_weights(done.averaged), expected, atol=1e-6)
+    assert not torch.allclose(all_weights(done.averaged), weights[-1], atol=1e-4)
+    assert not any(weight.requires_grad for weight in done.averaged.parameters())
+    assert not done.averaged.training
+
+
+def test_each_weight_has_one_optimizer_and_the_rate_rises_then_falls_to_zero(run, monkeypatch):
+    """Muon is for matrices inside the network, Adam for vectors and both ends."""
+    groups = {script.Muon: [], torch.optim.Adam: []}
+    for optimizer, seen in groups.items():
+        monkeypatch.setattr(optimizer, "step", lambda o, s=seen: s.append({**o.param_groups[0]}))
+    ddpm = diffusion()
+    ddpm.loss, model = lambda x_0: ddpm.model.conv_in.bias.sum(), ddpm.model
+    run(ddpm=ddpm, EPOCHS=40)
+    muon, adam = (seen[0]["params"] for seen in groups.values())
+    assert sorted(map(id, muon + adam)) == sorted(map(id, model.parameters()))
+    assert all(w.ndim > 1 for w in muon)
+    assert {w for w in adam if w.ndim > 1} == {model.conv_in.weight, model.conv_out.weight}
+    rates, of_adam = ([group["lr"] for group in seen] for seen in groups.values())
+    assert len(rates) == 200 and of_adam == pytest.approx([rate / 5 for rate in rates])
+    assert rates[0] == pytest.approx(0.02 / 10) and rates[4] == pytest.approx(0.01)
+    assert max(rates) == pytest.approx(0.02, rel=0.02) and 8 <= rates.index(max(rates)) <= 10
+    assert rates[100] == pytest.approx(0.01) and 0 < rates[-1] < 5e-6
+    assert sorted(rates[10:], reverse=True) == rates[10:]
+
+
+def test_gradients_are_clipped(run):
+    """A loss scaled by 10,000 gives gradients of norm 1, which the averages hold a share of."""
+    run(lambda _, loss, model: 1e4 * loss, EPOCHS=0.2)
+    adam, muon = (run.state()[name]["state"].values() for name in ("adam", "muon"))
+    gradients = [s["exp_avg"] / 0.1 for s in adam] + [s["average"] / 0.05 for s in muon]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    assert len(gradients) == 6 and norm == pytest.approx(1.0, rel=1e-3)
+
+
+def test_float16_leaves_all_weights_alone_if_a_gradient_is_infinite(run):
+    weights, scales = [], []
+
+    def see(step, loss, model):
+        weights.append(all_weights(model))
+        if step == 3:  # only a gradient of Adam's becomes infinite; Muon has momentum
+            loss = loss + 1e36 * model.conv_in.weight.sum()
+        loss.register_hook(lambda gradient: scales.append(gradient.item()))  # what multiplies it
+        return loss
+
+    weights.append(all_weights(run(see, diffusion(torch.float16), EPOCHS=1).model))
+    changed = [not torch.equal(a, b) for a, b in pairwise(weights)]
+    assert changed == [True, True, False, True, True] and weights[-1].isfinite().all()
+    assert scales == [scales[0]] * 3 + [scales[0] / 2] * 2
+
+
+# %% Randomness
+
+
+def test_every_step_draws_its_images_from_all(run):
+    batches = run(EPOCHS=20).batches
+    assert len(batches) == 100 and all(len(index) == 8 for index in batches)
+    counts = torch.bincount(torch.cat(batches), minlength=COUNT)
+    assert len(counts) == COUNT and counts.min() > 4 and counts.max() < 45  # 20 expected
+
+
+def test_a_step_is_random_by_its_number_the_seed_and_the_process_only(run, monkeypatch):
+    """Processes share a batch, and the first one saves."""
+
+    def batches(rank=0, world=1, waste=0, **settings):
+        monkeypatch.setattr(script, "join_processes", lambda: (rank, world))
+        run.path.unlink(missing_ok=True)
+        done = run(lambda *_: torch.manual_seed(waste) and None, EPOCHS=1, **settings)
+        assert run.path.exists() == (rank == 0)
+        return done.batches
+
+    plain = batches()
+    for same in batches(waste=1), batches(T=60, LEARNING_RATE=0.5), batches(BATCH_SIZE=20):
+        assert all(torch.equal(a, b[:8]) for a, b in zip(plain, same))
+    for other in plain[1:], batches(rank=1), batches(SEED=1):
+        assert not any(torch.equal(a, b) for a, b in zip(plain, other))
+    assert all(len(index) == 3 for index in batches(rank=2, world=3)), "8 / 3, up"
+
+
+# %% Saving and resuming
+
+
+def test_saves_and_previews_come_by_the_clock(run, monkeypatch):
+    """SAVE_EVERY and PREVIEW_EVERY are minutes; the end is saved always, and has no preview."""
+    saves, previews, save = [], [], script.save
+
+    def preview(step):
+        assert run.state()["seen"] == 8 * step, "the preview shows the weights of its step"
+        previews.append(step)
+        run.clock += 90  # a preview takes its time: the next one comes 2.5 minutes later
+
+    monkeypatch.setattr(script, "save", lambda s, p: saves.append(s["seen"] // 8) or save(s, p))
+    run(preview=preview, PREVIEW_EVERY=2.5)
+    assert previews == [7, 14]  # 7 · 25 s > 150 s
+    assert saves == [3, 6, 7, 8, 11, 14, 15, 18, 20]
+    for every, expected in (EACH_STEP, [*range(1, 20)]), (1000, []):
+        run.path.unlink()
+        previews.clear(), saves.clear()
+        run(preview=preview, SAVE_EVERY=1000, PREVIEW_EVERY=every)
+        assert previews == expected and saves == [*expected, 20]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_it_learns_in_every_precision_and_resumes_exactly(run, capsys, precision):
+    """Also where it ends between two checkpoints, and with previews in one run only."""
+    one = run(ddpm=diffusion(precision), EPOCHS=6)
+    assert len(one.losses) == 30 and sum(one.losses[-10:]) < 0.7 * sum(one.losses[:10])
+    run.path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(None, diffusion(precision), 17, preview=torch.randn, EPOCHS=6, PREVIEW_EVERY=6)
+    state = run.state()
+    assert state["seen"] == 15 * 8 and state["losses"] == one.losses[:15]
+    assert capsys.readouterr().out == ""
+    two = run(ddpm=diffusion(precision), EPOCHS=6)
+    assert capsys.readouterr().out == f"Resuming from {run.path}, after 120 of 240 images.\n"
+    assert len(two.batches) == 15
+    if precision == torch.float16:  # the scaler begins anew, and may round otherwise
+        assert two.losses == pytest.approx(one.losses, rel=0.02)
+    else:
+        assert two.losses == one.losses
+        assert torch.equal(all_weights(one.model), all_weights(two.model))
+        assert torch.equal(all_weights(one.averaged), all_weights(two.averaged))
+
+
+@pytest.mark.parametrize("epochs, size, steps", [(0.01, 500, 1), (0.5, 8, 3), (2.5, 8, 13)])
+def test_epochs_may_be_a_fraction_and_a_batch_more_than_all(run, epochs, size, steps):
+    done = run(EPOCHS=epochs, BATCH_SIZE=size)
+    assert len(done.losses) == len(done.batches) == steps
+    assert all(len(index) == size for index in done.batches)
+    assert run.state()["seen"] == math.ceil(epochs * COUNT)
+
+
+def test_more_epochs_train_on_and_the_learning_rate_may_change(run):
+    first = run(EPOCHS=2)
+    second = run(EPOCHS=3, LEARNING_RATE=0.01, SAVE_EVERY=7, EMA_DECAY=0.5)
+    assert len(second.batches) == 5 and second.losses[:10] == first.losses
+    state, before = run.state(), run.path.read_bytes()
+    assert state["settings"]["LEARNING_RATE"] == 0.01 and state["losses"] == second.losses
+    assert state["muon"]["param_groups"][0]["lr"] < 0.001, "of the new run"
+    third = run(EPOCHS=1)
+    assert third.batches == [] and third.losses == second.losses, "nothing is left to do"
+    assert torch.equal(all_weights(third.averaged), all_weights(second.averaged))
+    assert run.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [3, 7, 16, 1000])
+def test_another_batch_size_goes_on_at_the_same_number_of_images(run, size):
+    """Also where it does not divide the number of images: what was finished stays finished."""
+    with pytest.raises(KeyboardInterrupt):
+        run(stop_at=11, SAVE_EVERY=EACH_STEP)
+    assert run.state()["seen"] == 80
+    done = run(BATCH_SIZE=size)
+    assert len(done.batches) == math.ceil(80 / size) == len(done.losses) - 10
+    assert all(len(index) == size for index in done.batches)
+    assert run.state()["seen"] == 160 and run().batches == []
+
+
+def test_extras_are_kept_and_come_back(run):
+    kept, other = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    kept(torch.randn(5, 2))  # its buffers, too, are now no others'
+    run(extras={"vae": kept})
+    assert torch.equal(run.state()["vae"]["running_var"], kept.running_var)
+    run(extras={"vae": other})
+    assert torch.equal(other.running_mean, kept.running_mean) and other.running_mean.any()
+
+
+def test_what_does_not_match_is_refused_and_the_file_is_left_alone(run):
+    run(EPOCHS=1)
+    whole, hint = run.path.read_bytes(), "delete the file or set another OUT_DIR."
+    changed = "ValueError: T was 50 and now is 60"
+    for content, reason in (whole, changed), (b"", ".+Error:.*"), (b"hello", ".+Error:.+"):
+        run.path.write_bytes(content)
+        with pytest.raises(SystemExit) as end:
+            run(T=60, EPOCHS=2)
+        expected = rf"Cannot resume from (.+) \({reason}\)\. To start from scratch, {hint}"
+        assert re.fullmatch(expected, end.value.code)[1] == str(run.path)
+        assert os.listdir(run.path.parent) == ["checkpoint.pt"]
+        assert run.path.read_bytes() == content
+    run.path.write_bytes(whole)
+    assert len(run(T=60, fixed=("SEED",), EPOCHS=2).batches) == 5, "only what is fixed"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "weight"])
+def test_what_is_no_number_ends_the_program_before_it_reaches_the_file(run, where, bad):
+    """A loss also where all weights are numbers, and a weight where all losses are."""
+
+    def see(step, loss, model):
+        if step == 9 and where == "weight":  # saved right after this step
+            with torch.no_grad():
+                model[0].bias[0] = bad
+        return loss + bad if step == 8 and where == "loss" else loss
+
+    with pytest.raises(SystemExit, match=r"NaN or infinite by step 9\..*LEARNING_RATE"):
+        run(see)
+    state = run.state()
+    assert state["seen"] == 6 * 8 and all(w.isfinite().all() for w in state["model"].values())
+    assert len(run().losses) == 20, "and one can resume from there"
+
+
+class FullDisk(io.FileIO):
+    def write(self, data):
+        return no_space() if self.tell() + len(data) > 10_000 else super().write(data)
+
+
+def no_space(*_):
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize("failing", ["write", "fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, failing):
+    path, weights = tmp_path / "checkpoint.pt", torch.zeros(10_000)
+    script.save({"a": 1}, path)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        if failing == "write":
+            patch.setattr(Path, "open", lambda *file: io.BufferedWriter(FullDisk(*file)))
+        else:
+            patch.setattr(os, failing, no_space)
+        with pytest.raises((OSError, RuntimeError)):  # the latter is PyTorch's
+            script.save({"a": weights}, path)
+    assert path.read_bytes() == before
+    script.save({"a": weights}, path)  # what the failed one has left does not matter
+    assert torch.equal(torch.load(path, weights_only=True)["a"], weights)
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_all_is_on_the_disk_before_the_old_file_is_replaced(tmp_path, monkeypatch):
+    path, synced, whole = tmp_path / "checkpoint.pt", [], []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    monkeypatch.setattr(os, "replace", lambda partial, _: whole.append(partial.read_bytes()))
+    script.save({"a": torch.zeros(1000)}, path)
+    assert synced == [len(whole[0])] and not path.exists()
+    assert len(torch.load(io.BytesIO(whole[0]), weights_only=True)["a"]) == 1000
+
+
+# %% What the training and its figures use
+
+
+def test_flip_mirrors_about_half_of_the_images():
+    images = torch.zeros(1000, 3, 4, 4, dtype=torch.uint8)
+    images[..., 0] = 255  # bright on the left
+    assert torch.equal(script.to_batch(images)[..., 0], torch.ones(1000, 3, 4))
+    flipped = script.to_batch(images, flip=True)
+    right = flipped[:, 0, 0, 3] == 1
+    assert 400 < right.sum() < 600
+    assert (flipped[right][..., 0] == -1).all() and (flipped[~right][..., 0] == 1).all()
+
+
+def test_loss_per_timestep_is_the_loss_at_that_timestep(monkeypatch):
+    """By the network's own loss, with its t and its noise held fixed."""
+    ddpm, images = diffusion(), torch.rand(64, 1, 8, 8) * 2 - 1
+    torch.nn.init.normal_(ddpm.model.eval().conv_out.weight, std=0.1)
+    timesteps, errors, _ = script.loss_per_timestep(ddpm, images, count=5)
+    assert timesteps == [0, 12, 24, 36, 48]
+    assert script.loss_per_timestep(ddpm, images, count=5)[1] == errors, "always the same noise"
+    ideal = script.loss_per_timestep(ddpm, torch.cat([-torch.ones(300, 1, 8, 8), images]))[2]
+    assert max(ideal[:5]) < 1e-6 < max(ideal), "in strong noise it might be another image"
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "randn_like", lambda x: noise)
+    for timestep, error in zip(timesteps, errors):
+        monkeypatch.setattr(torch, "randint", lambda *_, t=timestep, **__: torch.full((64,), t))
+        assert error == pytest.approx(ddpm.loss(images).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("alpha_bar_t", [1e-6, 0.3, 0.9999])
+def test_ideal_x_0_is_the_mean_of_the_posterior(alpha_bar_t):
+    """Bayes' rule in plain numbers, image by image. No other prediction has a smaller error."""
+    images, x_t = torch.rand(7, 1, 2, 2) * 2 - 1, torch.randn(3, 1, 2, 2)
+    x_t[0] = alpha_bar_t**0.5 * images[4] + 0.1 * (1 - alpha_bar_t) ** 0.5
+    for x, ours in zip(x_t, script.ideal_x_0(x_t, alpha_bar_t, images)):
+        noises = [(x - alpha_bar_t**0.5 * image) / (1 - alpha_bar_t) ** 0.5 for image in images]
+        logs = torch.stack([-(noise.double() ** 2).sum() / 2 for noise in noises])
+        weights = (logs - logs.max()).exp() / (logs - logs.max()).exp().sum()
+        expected = sum(weight * image for weight, image in zip(weights, images))
+        assert torch.allclose(ours, expected.float(), atol=2e-3)
+
+
+def test_samples_in_parts_are_all_there():
+    calls, frames = [], []
+
+    def sample(n, frames):
+        calls.append((n, frames))
+        return torch.full((n, 1, 2, 2), float(len(calls)))
+
+    images = script.sample_in_parts(sample, 7, 3, frames)
+    assert images[:, 0, 0, 0].tolist() == [1, 1, 1, 2, 2, 2, 3]
+    assert [n for n, _ in calls] == [3, 3, 1]
+    assert calls[0][1] is frames and calls[1][1] is calls[2][1] is None
