@@ -110,7 +110,9 @@ def test_kill_9_at_random_moments(project, trainer):
     """
     epochs = {"EPOCHS": 30} | ({"VAE_EPOCHS": 15} if trainer.startswith("05") else {})
     prepare(project, trainer, count=100, **epochs)  # 10 steps each
+    started = time.monotonic()
     finish(project, trainer)
+    longest = (time.monotonic() - started) / 2
     undisturbed = saved(project, trainer)
     total = sum(state["seen"] for state in undisturbed.values())
     project.folder_of(trainer).rename(project.folder / "undisturbed")
@@ -121,7 +123,7 @@ def test_kill_9_at_random_moments(project, trainer):
         process = project.start(trainer)
         wait_for(process, "images/s")
         try:
-            process.wait(moments.uniform(0, 3))
+            process.wait(moments.uniform(0, longest))
         except subprocess.TimeoutExpired:
             process.kill()
         process.communicate(timeout=60)

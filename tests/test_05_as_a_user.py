@@ -36,8 +36,15 @@ def test_from_start_to_pictures_and_again(project, trained, real_figures):
     x = to_batch(draw_digits(9)[0][:, None])
     assert ldm.encode(x).shape == (9, 4, 8, 8) and ldm.decode(ldm.encode(x)).shape == x.shape
     assert ldm.sample(n=3, ddim_steps=5).shape == (3, 1, 28, 28)
-    ldm.loss = lambda z_0: z_0.std().item()  # diffusion is trained on scaled latents
-    assert loss(torch.arange(43).repeat(20)) == pytest.approx(1, abs=0.05) and ldm.vae.scale != 1
+    # Diffusion was trained on drawn, scaled latents.
+    mean, deviation = project.names["mean"], project.names["deviation"]
+    ldm.loss = lambda z_0: z_0
+    torch.manual_seed(1)
+    z_0 = loss(torch.arange(43))
+    torch.manual_seed(1)
+    drawn = mean + deviation * torch.randn_like(mean)
+    assert torch.equal(z_0, drawn * ldm.vae.scale) and not torch.equal(z_0, drawn)
+    assert z_0.std().item() == pytest.approx(1, abs=0.05)
 
     before = {name: (project.folder_of(SCRIPT) / name).read_bytes() for name in FILES}
     again = project.run_here(SCRIPT)

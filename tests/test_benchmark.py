@@ -1,5 +1,6 @@
 """The scores of tests/benchmark.py, where the answer is known, and tests/ladder.py in small."""
 
+import itertools
 from functools import partial
 from types import SimpleNamespace
 
@@ -220,13 +221,14 @@ def test_a_run_is_measured_once_and_again_when_the_script_changes(tmp_path, monk
 
 @pytest.fixture
 def small_02(monkeypatch, tmp_path):
-    """02 with a tiny network, and 40 black images."""
+    """02 with a tiny network, 40 black images, and a clock by which a step takes 20 ms."""
     script = benchmark.load(benchmark.SCRIPTS["02"])
+    clock = SimpleNamespace(perf_counter=partial(next, itertools.count(step=0.04)))
     mnist = SimpleNamespace(data=torch.zeros(40, 28, 28, dtype=torch.uint8))
     for module, values in (
         (script, {"BASE_CH": 2, "CHANNEL_MULT": (1, 1), "BATCH_SIZE": 4, "T": 50}),
         (benchmark, {"OUT_DIR": tmp_path, "COUNT": 3, "MNIST": lambda *_, **__: mnist}),
-        (ladder, {"MINUTES": 0.002, "SAMPLING_STEPS": 3, "ROUNDS": 1}),
+        (ladder, {"MINUTES": 0.002, "SAMPLING_STEPS": 3, "ROUNDS": 1, "time": clock}),
     ):
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
@@ -244,37 +246,56 @@ def test_ladder_adds_one_thing_at_a_time_and_takes_each_out_alone():
         assert len(changed) == 1 and without[changed[0]] == textbook[changed[0]]
 
 
+def flat(weights):
+    return torch.cat([weight.flatten() for weight in weights.values()])
+
+
 def test_ladder_scores_its_rows_and_trains_only_once(small_02, capsys, monkeypatch, tmp_path):
-    names = "the textbook", "+ v", "+ Muon", "all, halfway, without averaged weights"
-    rows = {name: ladder.rows()[name] for name in names}  # the last two share a training run
-    monkeypatch.setattr(ladder, "rows", lambda: rows)
-    shown = []
+    rows = {  # the last two share a training run
+        "the textbook": "last",
+        "+ v": "averaged",
+        "+ Muon": "averaged",
+        "all, halfway, without averaged weights": "last, halfway",
+    }
+    recipes, asked, shown, original = ladder.rows(), [], [], small_02.DDPM.sample
+    monkeypatch.setattr(ladder, "rows", lambda: {name: recipes[name] for name in rows})
+
+    def sample(ddpm, n, steps):
+        asked.append((flat(ddpm.model.state_dict()), ddpm.model.training, steps))
+        return original(ddpm, n, steps)
+
+    monkeypatch.setattr(small_02.DDPM, "sample", sample)
     judge = SimpleNamespace(score=lambda x: shown.append(x) or {"Fréchet distance": len(shown)})
     ladder.ladder(benchmark, judge)
     out = capsys.readouterr().out
-    assert all(f"| {name} | " in out and f"{i}.00 |" in out for i, name in enumerate(names, 1))
+    for number, (name, wanted) in enumerate(rows.items()):
+        assert f"| {name} | 6 | 20 | {number + 1}.00 |" in out
+        path = tmp_path / "ladder" / f"{ladder.same_training(recipes[name])}.pt"
+        kept = torch.load(path, weights_only=True)["result"]
+        weights, training, steps = asked[number]
+        assert [key for key in kept if torch.equal(flat(kept[key]), weights)] == [wanted]
+        assert not training and steps == 3
+    assert len(list(path.parent.glob("*attention*.pt"))) == 3 + 4, "training runs, samples"
     assert all(x.shape == (3, 1, 28, 28) and x.abs().max() <= 1 for x in shown)
     assert (tmp_path / "ladder.png").exists()
-    assert len(list((tmp_path / "ladder").glob("*attention*.pt"))) == 3 + 4, "runs and samples"
-    first, shown[:] = list(shown), []
     monkeypatch.setattr(ladder.Run, "train_step", lambda self: 1 / 0)
     ladder.ladder(benchmark, judge)
-    assert len(first) == 4 and all(torch.equal(a, b) for a, b in zip(first, shown))
+    assert len(asked) == 4 and all(torch.equal(a, b) for a, b in zip(shown, shown[4:]))
 
 
 def test_ladder_learns_v_where_it_says_so(small_02):
-    """The network answers 0 at first. With images of one grey, v = √ᾱ ε − √(1−ᾱ) x_0."""
-    recipe, images = ladder.rows()["+ v"], torch.zeros(40, 1, 28, 28, dtype=torch.uint8)
-    run = ladder.Run(small_02, recipe, images, 10)
+    """A network that knows images of one grey answers with v = √ᾱ ε − √(1−ᾱ) x_0."""
+    run = ladder.Run(small_02, ladder.rows()["+ v"], None, 10)
     x_0 = torch.full((2000, 1, 2, 2), 0.5)
-    run.model.forward = lambda x_t, t: torch.zeros_like(x_t)
-    alpha_bar = run.ddpm.alphas_cumprod
-    expected = (alpha_bar + (1 - alpha_bar) * 0.5**2).mean().item()
-    assert run.loss(x_0).item() == pytest.approx(expected, rel=0.05)
-    t, noise = 20, torch.randn(4, 1, 28, 28)
-    x_0 = torch.rand(4, 1, 28, 28) * 2 - 1
-    x_t = small_02.q_sample(x_0, torch.full((4,), t), noise, alpha_bar)
-    v = alpha_bar[t].sqrt() * noise - (1 - alpha_bar[t]).sqrt() * x_0
-    run.ddpm.model = lambda x_t, steps: v
-    x_0_pred, noise_pred = run.ddpm.predict(x_t, t)
-    assert torch.allclose(x_0_pred, x_0, atol=1e-5) and torch.allclose(noise_pred, noise, atol=1e-5)
+
+    def v(x_t, t):
+        a = run.ddpm.alphas_cumprod.double()[t].view(-1, 1, 1, 1)
+        noise = (x_t - a.sqrt() * 0.5) / (1 - a).sqrt()
+        return (a.sqrt() * noise - (1 - a).sqrt() * 0.5).float()
+
+    run.model.forward = run.ddpm.model = v
+    assert run.loss(x_0).item() == pytest.approx(0, abs=1e-6)
+    noise, alphas_cumprod = torch.randn_like(x_0), run.ddpm.alphas_cumprod
+    x_t = small_02.q_sample(x_0, torch.full((2000,), 20), noise, alphas_cumprod)
+    x_0_pred, noise_pred = run.ddpm.predict(x_t, 20)
+    assert torch.allclose(x_0_pred, x_0, atol=1e-5) and torch.allclose(noise_pred, noise, atol=1e-4)
