@@ -208,7 +208,7 @@ class SimpleDDPM:
 # %% 6. Training: nothing about diffusion from here on
 
 
-def train(ddpm, images, epochs, batch_size, learning_rate):
+def simple_train(ddpm, images, epochs, batch_size, learning_rate):
     """Train on images, uint8 (N, C, H, W); return the loss of each step. Ctrl-C ends it early."""
     steps, losses = max(21, epochs * math.ceil(len(images) / batch_size)), []  # 20 gives 0 / 0
     optimizer = torch.optim.Adam(ddpm.model.parameters(), betas=(0.9, 0.99))  # paper: 0.9, 0.999
@@ -242,7 +242,7 @@ if __name__ == "__main__":
     out_dir = Path(OUT_DIR).expanduser()
     out_dir.mkdir(parents=True, exist_ok=True)
     print(f"Training with {len(images):,} images of {source} on {device}; results: {out_dir}")
-    losses = train(ddpm, images.to(device), EPOCHS, BATCH_SIZE, LEARNING_RATE)
+    losses = simple_train(ddpm, images.to(device), EPOCHS, BATCH_SIZE, LEARNING_RATE)
     torch.save(model.state_dict(), out_dir / "weights.pt")
     frames = []
     samples = ddpm.sample(n=36, frames=frames)

@@ -639,7 +639,8 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
     settings: the constants by name. fixed: the names of those that must be as in the checkpoint.
     preview: called every PREVIEW_EVERY minutes with the number of steps so far, right after a
-    checkpoint; it has no influence on the training. extras: other modules for the checkpoint.
+    checkpoint, by one process; it has no influence on the training. extras: other modules for the
+    checkpoint.
     """
     rank, world = join_processes()
     device, size = next(model.parameters()).device, settings["BATCH_SIZE"]
@@ -696,7 +697,8 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
                     save({"settings": settings, "seen": seen, "losses": losses, **state}, path)
                 saved = now()
             if show:
-                preview(step)
+                if rank == 0:
+                    preview(step)
                 shown = now()
     return averaged, losses
 
@@ -797,7 +799,7 @@ if __name__ == "__main__":
         sample_grid(samples, out_dir / f"samples_step_{step:06}.png", f"After {step:,} steps", note)
 
     try:
-        _, losses = train(model, loss, count, settings, FIXED, path, None if rank else preview)
+        _, losses = train(model, loss, count, settings, FIXED, path, preview)
         if rank == 0:
             ddpm = DDPM.load(path)  # has the averaged weights; python -i keeps it at hand
             save_figures(ddpm, losses, images, settings, out_dir, note)

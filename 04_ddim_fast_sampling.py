@@ -744,7 +744,8 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
     settings: the constants by name. fixed: the names of those that must be as in the checkpoint.
     preview: called every PREVIEW_EVERY minutes with the number of steps so far, right after a
-    checkpoint; it has no influence on the training. extras: other modules for the checkpoint.
+    checkpoint, by one process; it has no influence on the training. extras: other modules for the
+    checkpoint.
     """
     rank, world = join_processes()
     device, size = next(model.parameters()).device, settings["BATCH_SIZE"]
@@ -801,7 +802,8 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
                     save({"settings": settings, "seen": seen, "losses": losses, **state}, path)
                 saved = now()
             if show:
-                preview(step)
+                if rank == 0:
+                    preview(step)
                 shown = now()
     return averaged, losses
 
@@ -978,7 +980,7 @@ def use_02(path, source, shape):
     except FileNotFoundError:
         return False
     except Exception as error:  # also for a damaged file, or another program's
-        reason = " ".join(f"{error}".split())[:200]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         print(f"Training from scratch, because {path} does not fit: {reason}.")
         return False
     print(f"Using the network in {path}. To train another one, change OUT_DIR_02.")
@@ -1025,7 +1027,7 @@ if __name__ == "__main__":
 
     try:
         if not of_02:
-            train(model, loss, count, settings, FIXED, path, None if rank else preview)
+            train(model, loss, count, settings, FIXED, path, preview)
         if rank == 0:
             ddim = DDIM.load(path)  # has the averaged weights; python -i keeps it at hand
             losses = torch.load(path, map_location="cpu", weights_only=True)["losses"]

@@ -797,7 +797,8 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
     settings: the constants by name. fixed: the names of those that must be as in the checkpoint.
     preview: called every PREVIEW_EVERY minutes with the number of steps so far, right after a
-    checkpoint; it has no influence on the training. extras: other modules for the checkpoint.
+    checkpoint, by one process; it has no influence on the training. extras: other modules for the
+    checkpoint.
     """
     rank, world = join_processes()
     device, size = next(model.parameters()).device, settings["BATCH_SIZE"]
@@ -854,7 +855,8 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
                     save({"settings": settings, "seen": seen, "losses": losses, **state}, path)
                 saved = now()
             if show:
-                preview(step)
+                if rank == 0:
+                    preview(step)
                 shown = now()
     return averaged, losses
 
@@ -1029,14 +1031,13 @@ if __name__ == "__main__":
             resume({"vae": ldm.vae.eval().requires_grad_(False)}, settings, FIXED, path)
         else:
             print("Stage 1 of 2: the autoencoder")
-            stage_1, vae_path = settings | {"EPOCHS": VAE_EPOCHS}, out_dir / "vae.pt"
+            stage_1, vae_path = settings | {"EPOCHS": settings["VAE_EPOCHS"]}, out_dir / "vae.pt"
             ldm.vae, _ = train(ldm.vae, loss_of_vae, count, stage_1, FIXED_VAE, vae_path)
-        mean, deviation = encode_all(ldm.vae, images, BATCH_SIZE)
+        mean, deviation = encode_all(ldm.vae, images, settings["BATCH_SIZE"])
         if rank == 0:
             save_autoencoder_figures(ldm, draw_latents(slice(2000)), x, settings, out_dir, note)
         print("Stage 2 of 2: diffusion on its latents")
-        see = None if rank else preview
-        _, losses = train(model, loss, count, settings, FIXED, path, see, vae=ldm.vae)
+        _, losses = train(model, loss, count, settings, FIXED, path, preview, vae=ldm.vae)
         if rank == 0:
             ldm = LatentDiffusion.load(path)  # has the averaged weights; python -i keeps it at hand
             save_latent_figures(ldm, losses, x, settings, out_dir, note)

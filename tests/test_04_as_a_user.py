@@ -70,11 +70,11 @@ def test_the_network_of_02_is_used_whatever_it_looks_like(project, figures):
 
 
 HARMS = {
-    "another dataset": "it was trained on MNIST, (1, 28, 28).",
-    "another size": "it was trained on MNIST, (1, 28, 28).",
-    "more steps than it has": "it has T = 5, less than DDIM_STEPS.",
+    "another dataset": "ValueError: it was trained on MNIST, (1, 28, 28).",
+    "another size": "ValueError: it was trained on MNIST, (1, 28, 28).",
+    "more steps than it has": "ValueError: it has T = 5, less than DDIM_STEPS.",
     "damage": "",
-    "another program": "'settings'",
+    "another program": "KeyError: 'settings'",
 }
 
 

@@ -130,7 +130,7 @@ def test_04_tells_what_it_can_use(trained, tmp_path, capsys):
         return said.removeprefix(start)
 
     for others in ("FashionMNIST", shape), ("MNIST", (1, 32, 32)):
-        assert re.fullmatch(r"it was trained on .*MNIST.*28, 28\)+\.\n", reason(path, *others))
+        assert re.fullmatch(r"ValueError: it was trained on .*MNIST.*28, 28\)+\.\n", reason(path, *others))
     others = "03_conditional_ddpm/checkpoint.pt", "02_ddpm/checkpoint.pt, half"
     contents = [bad_contents(trained, kind) for kind in ("malicious", "weights only", *others)]
     for content in b"", b"hello", *contents:
@@ -139,4 +139,4 @@ def test_04_tells_what_it_can_use(trained, tmp_path, capsys):
             assert len(reason(bad, "MNIST", shape)) > 8, f"why {content[:9]} ... does not fit"
     assert not (tmp_path / "executed").exists()
     module.DDIM_STEPS = 6
-    assert reason(path, "MNIST", shape) == "it has T = 5, less than DDIM_STEPS.\n"
+    assert reason(path, "MNIST", shape) == "ValueError: it has T = 5, less than DDIM_STEPS.\n"

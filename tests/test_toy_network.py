@@ -96,7 +96,7 @@ class Recorder:
 def test_training_shows_each_image_once_per_epoch_in_another_order():
     images = torch.arange(0, 250, 25).byte().view(10, 1, 1, 1)  # ten images of one pixel
     ddpm = Recorder()
-    losses = toy.train(ddpm, images, epochs=2, batch_size=4, learning_rate=0.01)
+    losses = toy.simple_train(ddpm, images, epochs=2, batch_size=4, learning_rate=0.01)
     assert [len(batch) for batch in ddpm.batches] == [4, 4, 2] * 2, "the last batch may be smaller"
     epochs = torch.cat(ddpm.batches).flatten().view(2, 10)
     for epoch in epochs:
@@ -107,14 +107,14 @@ def test_training_shows_each_image_once_per_epoch_in_another_order():
 
 @pytest.mark.parametrize("steps", [1, 2, 19, 20, 21, 100])
 def test_training_can_have_any_number_of_steps(steps):
-    losses = toy.train(Recorder(), torch.zeros(steps, 1, 1, 1).byte(), 1, 1, 0.01)
+    losses = toy.simple_train(Recorder(), torch.zeros(steps, 1, 1, 1).byte(), 1, 1, 0.01)
     assert len(losses) == steps
 
 
 def test_ctrl_c_ends_training_and_keeps_what_was_learned(capsys):
     ddpm = Recorder(interrupt_at=5)
     try:
-        losses = toy.train(ddpm, torch.zeros(10, 1, 1, 1).byte(), 3, 4, 0.01)
+        losses = toy.simple_train(ddpm, torch.zeros(10, 1, 1, 1).byte(), 3, 4, 0.01)
     except KeyboardInterrupt:
         pytest.fail("Ctrl-C ended everything")  # instead of ending pytest too
     assert len(losses) == 5
@@ -125,7 +125,7 @@ def test_overfits_one_small_batch():
     """Four images, seen over and over: the loss must fall far, and sampling must give them back."""
     ddpm = make_ddpm(T=100, base_ch=32, image_shape=(1, 4, 4))
     originals = (torch.rand(4, 1, 4, 4) > 0.5).byte() * 255
-    losses = toy.train(ddpm, originals.repeat(8, 1, 1, 1), 180, 32, 0.01)
+    losses = toy.simple_train(ddpm, originals.repeat(8, 1, 1, 1), 180, 32, 0.01)
     assert sum(losses[-20:]) < 0.2 * sum(losses[:20])
     samples = ddpm.sample(n=32)
     distances = torch.cdist(samples.flatten(1), originals.flatten(1).float() / 127.5 - 1)
