@@ -8,7 +8,6 @@ and the same command, run again, succeeds. Needs Linux or macOS.
 """
 
 import io
-import json
 import os
 import random
 import re
@@ -370,7 +369,7 @@ def test_the_benchmark_in_small(project):
     done = project.run("tests/benchmark.py", timeout=1800)
     assert done.returncode == 0, done.stderr
     tables = [table.splitlines() for table in re.findall(r"(?m)(?:^\|.*\n)+", done.stdout)]
-    assert [len(table) - 2 for table in tables] == [2, 29, 7, 9, 6], "rows below the head"
+    assert [len(table) - 2 for table in tables] == [2, 29, 7, 12, 6], "rows below the head"
     for line in tables[-1][2:-1]:
         command, wall_time, memory, parameters, speed, *_ = line.strip("|").split(" | ")
         assert re.match(r"\d+ min \d+ s", wall_time) and re.fullmatch(r"[\d.]+ GB", memory), line
@@ -389,21 +388,21 @@ def test_the_benchmark_in_small(project):
     assert "Running" not in again.stderr
 
 
-def test_the_rehearsal_of_the_gpu_program(tmp_path):
-    """It does every job on the CPU, and leaves its table and pictures."""
-    command = [sys.executable, gpu.PROGRAM, "--rehearse", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+def test_the_check_of_a_gpu_without_one(tmp_path):
+    """It says so and ends, or does every job on the CPU and leaves its tables and pictures."""
+    command = [sys.executable, gpu.__file__, "--out", str(tmp_path)]
+    options = {"capture_output": True, "text": True, "encoding": "utf-8"}
+    done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, **options)
+    assert done.returncode == 1 and "--rehearse does without" in done.stdout
+    done = subprocess.run([*command, "--rehearse"], **options)
     logs = "".join(log.read_text(encoding="utf-8")[-2000:] for log in tmp_path.glob("log/*"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
-    results = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    assert results.keys() == gpu.JOBS.keys() - {"download"}
-    assert all(job["status"] == "ok" for job in results.values()), results
-    assert {job["step"] for job in results.values()} == set(gpu.TITLES)
     table = (tmp_path / "gpu.md").read_text(encoding="utf-8")
-    assert table in done.stdout
-    assert all(f"### {step}. {title}" in table for step, title in gpu.TITLES.items() if step)
-    pictures = {picture for job in results.values() for picture in job["pictures"]}
-    expected = {f"mnist_{number}.png" for number in gpu.SCRIPTS} | {"cifar10_02.png", "relay.png"}
-    assert expected <= pictures
+    for number, (job, _) in gpu.JOBS.items():
+        title = f"{number}. {job.__doc__.splitlines()[0]}"
+        assert re.search(rf"## {re.escape(title)}\n[^#]*\nok after", table), title
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    expected = {f"5_{script.removesuffix('.py')}.png" for script in SCRIPTS}
+    assert expected | {"4_03_conditional_ddpm.png", "6_02_ddpm.png"} <= pictures
     for picture in pictures:
         Image.open(tmp_path / picture).load()

@@ -92,24 +92,15 @@ def test_any_number_of_steps_falls_strictly_from_the_last_to_the_clean_image(T, 
     assert ddim.timesteps(T, spacing) == [*range(T - 1, -2, -1)]
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, "50", None])
-def test_bad_numbers_of_steps(steps):
-    ddim, _ = make(oracle)
-    for call in (
-        lambda: ddim.ddim_sample(2, steps),
-        lambda: ddim.ddim_invert(torch.zeros(2, 1, 4, 4), steps),
-        lambda: ddim.dpm_solver_sample(2, steps),
-    ):
-        with pytest.raises(ValueError, match="a whole number, 1 to T = 1000"):
-            call()
-    assert ddim.model.calls == []
-
-
-@pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan"), 2])
-def test_bad_eta(eta):
-    ddim, _ = make(oracle)
-    with pytest.raises(ValueError, match="eta = "):
-        ddim.ddim_sample(2, 10, eta)
+def test_bad_numbers_of_steps_and_bad_eta():
+    ddim, x_0 = make(oracle)[0], torch.zeros(2, 1, 4, 4)
+    for steps in 0, -1, 1001, 2.5, "50", None:
+        for call in ddim.ddim_sample, ddim.ddim_invert, ddim.dpm_solver_sample:
+            with pytest.raises(ValueError, match="a whole number, 1 to T = 1000"):
+                call(x_0 if call == ddim.ddim_invert else 2, steps)
+    for eta in -0.1, 1.1, float("nan"), 2:
+        with pytest.raises(ValueError, match="eta = "):
+            ddim.ddim_sample(2, 10, eta)
     assert ddim.model.calls == []
 
 

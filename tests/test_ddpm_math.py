@@ -24,9 +24,9 @@ def make(script, network, T=1000, image_shape=(1, 2, 2), schedule="linear"):
     return sampler(network, BETAS[schedule](T), image_shape, CPU)
 
 
-def step_back(ddpm, x_t, t, seed=1):
-    """p_sample from t to t - 1."""
-    torch.manual_seed(seed)
+def step_back(ddpm, x_t, t):
+    """p_sample from t to t - 1, always with the same noise."""
+    torch.manual_seed(1)
     return ddpm.p_sample(x_t, t, *[] if isinstance(ddpm, toy.SimpleDDPM) else [t - 1])
 
 
@@ -194,7 +194,10 @@ def test_steps_of_02_are_those_of_diffusers(schedule, steps):
     ("script", "size"), [(toy, 0.1), (toy, 30), (full, 0.1)], ids=["01", "01-wild", "02"]
 )
 def test_step_is_line_4_of_algorithm_2(t, script, size):
-    """In plain numbers: in 01 also for a wild prediction, in 02 where the clamp does nothing."""
+    """In plain numbers: in 01 also for a wild prediction, in 02 where the clamp does nothing.
+
+    There is no noise in the last step, which so ends on x̂_0 itself.
+    """
     betas = [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)]
     alpha_bar, before = (math.prod(1 - beta for beta in betas[:n]) for n in (t + 1, t))
     variance = betas[t] if script is toy else (1 - before) / (1 - alpha_bar) * betas[t]
@@ -207,23 +210,7 @@ def test_step_is_line_4_of_algorithm_2(t, script, size):
         mean = (x - betas[t] / math.sqrt(1 - alpha_bar) * e) / math.sqrt(1 - betas[t])
         assert ours == pytest.approx(mean + math.sqrt(variance) * noise, abs=1e-5 * max(1, size))
     assert torch.allclose(x_0_pred, x_0.clamp(-1, 1), atol=2e-4 * max(1, size))
-
-
-@both
-def test_no_noise_is_added_in_the_last_step_but_in_all_others(script):
-    ddpm, betas = make(script, lambda x, t: 0.1 * x), toy.linear_beta_schedule(1000)
-    alphas_cumprod, x_t = torch.cumprod(1 - betas, 0), torch.rand(10_000, 1, 2, 2) - 0.5
-    for t in 0, 1, 2, 500, 999:
-        one, x_0_pred = step_back(ddpm, x_t, t)
-        other, _ = step_back(ddpm, x_t, t, seed=2)
-        if t == 0:
-            assert torch.equal(one, other)
-            assert torch.allclose(one, x_0_pred, atol=1e-5), "the last step ends on x̂_0 itself"
-        else:
-            before = (1 - alphas_cumprod[t - 1]) / (1 - alphas_cumprod[t])
-            variance = (betas[t] if script is toy else before * betas[t]).item()
-            # 40,000 differences of two noises: their variance is 2 σ², give or take 0.7 %.
-            assert (one - other).var().item() == pytest.approx(2 * variance, rel=0.03)
+    assert t > 0 or torch.allclose(x_prev, x_0, atol=1e-5 * max(1, size))
 
 
 @pytest.mark.parametrize(("t", "t_prev"), [(1, 0), (2, 1), (500, 499), (999, 998), (999, 600)])

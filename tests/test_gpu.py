@@ -1,83 +1,55 @@
-"""What the runner of tests/gpu.py does with jobs that go wrong; drills.py rehearses it all."""
+"""What the runner of tests/gpu.py does with jobs that go wrong; drills.py rehearses them all."""
 
-import argparse
-import json
-from pathlib import Path
-
-import gpu
-
-PROGRAM = """
-import sys
 import time
 
-sys.path.insert(0, {tests!r})
 import gpu
 
 
-def fails(report, options):
-    raise ValueError("on purpose")
-
-
-def ends(report, options):
-    raise SystemExit("on purpose, too")
-
-
-def hangs(report, options):
-    report.row(what="known before").__enter__()
+def hangs(add_row, options):
+    """It hangs"""
+    with add_row(what="known before"):
+        print("still working ...")
     time.sleep(100)
 
 
-def works(report, options):
-    with report.row(what="one row fails"):
+def fails(add_row, options):
+    """It fails"""
+    with add_row(what="known before"):
+        pass
+    raise ValueError("on purpose")
+
+
+def one_row_fails(add_row, options):
+    """One row fails"""
+    with add_row(what="bad row"):
         raise KeyError("only this one")
-    with report.row(what="another works") as row:
-        row["speed"] = 12345.6
+    with add_row(what="good row") as row:
+        row |= {"speed": 12345.6, "share": 0.012345, "a|b": "c|d"}
+    with add_row(what="optional row"):
+        raise ImportError("not installed")
 
 
-JOBS = {{function.__name__: (1, function) for function in (fails, ends, hangs, works)}}
-if __name__ == "__main__":
-    gpu.follow(gpu.parse(sys.argv[1:]), JOBS)
-"""
+def works(add_row, options):
+    """It works"""
 
 
 def test_jobs_that_go_wrong_are_noted_and_do_not_stop_the_others(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(tests=str(Path(gpu.__file__).parent)), encoding="utf-8")
-    options = gpu.parse(["--out", str(tmp_path / "out")])
-    options.work = tmp_path
-    jobs = dict.fromkeys(("fails", "ends", "hangs", "works"), (1, None))
-    rounds = [(4, [["hangs"], ["fails", "ends"]]), (20, [["works"]])]
-    results = gpu.run_rounds(rounds, jobs, options, {}, program)
-    status = {name: job["status"] for name, job in results.items()}
-    assert status == {"hangs": "too slow", "fails": "failed", "ends": "failed", "works": "failed"}
-    assert results["fails"]["problem"] == "ValueError: on purpose"
-    assert results["ends"]["problem"] == "SystemExit: on purpose, too"
-    assert results["hangs"]["rows"] == [{"what": "known before"}], "what it had found is kept"
-    assert results == json.loads((tmp_path / "out" / "gpu.json").read_text(encoding="utf-8"))
-    table = (tmp_path / "out" / "gpu.md").read_text(encoding="utf-8")
-    assert "| another works | 12,346 |  |" in table and "KeyError: 'only this one'" in table
-    assert (
-        "hangs: too slow" in table and "Traceback" in (tmp_path / "out/log/fails.txt").read_text()
-    )
-
-
-def test_without_a_gpu_it_says_so_and_ends(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(gpu, "missing_data", lambda options: [])
-    options = gpu.parse(["--out", str(tmp_path)])
-    assert gpu.lead(options) == 1
-    assert "`--rehearse` needs none" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    jobs = {1: (hangs, 5), 2: (fails, 60), 3: (one_row_fails, 60), 4: (works, 60)}
+    results = gpu.run_jobs(jobs, gpu.parse(["--out", str(tmp_path)]))
+    found = [(title, job["status"]) for title, job in results.items()]
+    expected = ("It hangs", "too slow"), ("It fails", "failed"), ("One row fails", "failed")
+    expected = [*expected, ("It works", "ok")]
+    assert found == [(f"{i}. {what}", how) for i, (what, how) in enumerate(expected, start=1)]
+    hung, failed, half, _ = results.values()
+    assert hung["outcome"].endswith(" of 5 seconds. still working ...")
+    assert failed["outcome"].endswith("ValueError: on purpose")
+    assert hung["rows"] == failed["rows"] == [{"what": "known before"}], "that is kept"
+    bad, _, optional = half["rows"]
+    assert bad["problem"] == "KeyError: 'only this one'" and optional["skipped"] == "not installed"
+    table = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "| good row |  | 12,346 | 0.0123 | c/d |" in table
+    assert "Traceback" in (tmp_path / "log" / "2.txt").read_text(encoding="utf-8")
 
 
 def test_the_time_limits_add_up_to_nine_minutes():
-    planned = [name for _, lanes in gpu.ROUNDS for lane in lanes for name in lane]
-    assert sorted(planned) == sorted(gpu.JOBS.keys() - {"download"})
-    assert sum(seconds for seconds, _ in gpu.ROUNDS) <= 9 * 60
-    some = gpu.rounds_of(argparse.Namespace(rehearse=False, steps=[5]))
-    assert [lanes for _, lanes in some] == [[["machine"]], [["steps"]]]
-
-
-def test_numbers_have_three_digits():
-    values = 12345.6, 45.67, 1.234, 0.0123, 0.00001, 0.0, 7, True, None, "a|b"
-    words = "12,346", "45.7", "1.23", "0.0123", "1.0e-05", "0", "7", "yes", "", "a/b"
-    assert tuple(map(gpu.in_words, values)) == words
+    assert sum(seconds for _, seconds in gpu.JOBS.values()) <= 9 * 60
