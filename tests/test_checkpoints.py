@@ -129,10 +129,9 @@ def test_04_tells_what_it_can_use(trained, tmp_path, capsys):
         assert said.startswith(start) and said.count("\n") == 1
         return said.removeprefix(start)
 
+    trained_on = r"ValueError: it was trained on .*MNIST.*28, 28\)+\.\n"
     for others in ("FashionMNIST", shape), ("MNIST", (1, 32, 32)):
-        assert re.fullmatch(
-            r"ValueError: it was trained on .*MNIST.*28, 28\)+\.\n", reason(path, *others)
-        )
+        assert re.fullmatch(trained_on, reason(path, *others))
     others = "03_conditional_ddpm/checkpoint.pt", "02_ddpm/checkpoint.pt, half"
     contents = [bad_contents(trained, kind) for kind in ("malicious", "weights only", *others)]
     for content in b"", b"hello", *contents:
