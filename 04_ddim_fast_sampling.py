@@ -74,8 +74,8 @@ DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", "DRAWN" (offline), or a
 IMAGE_SIZE = 32  # for a folder: its images are cropped and resized to squares of this side
 T = 1000  # noise steps in training; `sample` takes as many, or fewer
 SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear" (DDPM)
-BASE_CH = 64 if ON_GPU else 16  # channels at full resolution; DDPM's code has 128 for CIFAR-10
-CHANNEL_MULT = (1, 2, 4)  # channels of each level in multiples of BASE_CH; 28 → 14 → 7 pixels
+BASE_CH = 128 if ON_GPU else 32  # width of the network, as in 01; DDPM has 128 for CIFAR-10
+CHANNEL_MULT = (1 / 4, 1, 2)  # channels of each level in multiples of BASE_CH; 28 → 14 → 7 pixels
 NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
 ATTENTION_AT = (14, 16) if ON_GPU else ()  # resolutions with attention; the middle always has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # regularisation for photographs
@@ -236,9 +236,10 @@ def timestep_embedding(t, dim):
 
 
 def group_norm(ch):
-    """Return a GroupNorm for ch channels: 8 groups, or fewer where 8 does not divide ch."""
-    # It normalises each image by itself; BatchNorm would average over images with different t.
-    return nn.GroupNorm(math.gcd(8, ch), ch)
+    """Return a GroupNorm for ch channels, in groups of at least 8."""
+    # It normalises each image by itself; BatchNorm would average over images with different t. In
+    # groups of one or two channels, each channel would lose its mean, and the image its brightness.
+    return nn.GroupNorm(math.gcd(ch, max(1, ch // 8)), ch)  # gcd: the groups must divide ch
 
 
 def zero_init(layer):
@@ -297,17 +298,15 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict the noise in x_t (B, C, side, side) at step t (B,): after DDPM, appendix B.
+    """Predict the noise in x_t (B, C, side, side) at step t (B,): 01's U-Net with more blocks.
 
-    This is the network for MNIST with BASE_CH = 16, CHANNEL_MULT = (1, 2, 4) and NUM_BLOCKS = 1.
-    Every output on the left is a skip.
+    This is the network for MNIST with BASE_CH = 32, CHANNEL_MULT = (1/4, 1, 2), NUM_BLOCKS = 1:
 
-    28 × 28   conv_in (16) → block (16) ───── 2 skips ────→ 2 blocks (16) → conv_out
-                ↓ shrink                                      ↑ grow
-    14 × 14         └ block (32) ──────────── 2 skips ────→ 2 blocks (32)       * with attention
-                        ↓ shrink                              ↑ grow
-     7 × 7                  └ block (64) ──── 2 skips ────→ 2 blocks (64)
-                                └─→ middle_1* (64) → middle_2 (64) ┘
+    28 × 28   conv_in (8) ──────────────── skip ───────────────→ block (8) → conv_out
+                ↓ shrink                                           ↑ grow
+    14 × 14     └ (32) → block (32) ────── skip ──────→ block (32) ┘         * with attention
+                           ↓ shrink                       ↑ grow
+     7 × 7                 └ (64) → block (64) → middle_1* (64) → middle_2 (64)
 
     Each level after the first halves the resolution, which must be even. attention_at: resolutions
     at which the blocks have attention. precision: the dtype of convolutions and matrix products.
@@ -315,41 +314,33 @@ class UNet(nn.Module):
 
     def __init__(self, shape, base_ch, ch_mult, num_blocks, attention_at, dropout, precision):
         super().__init__()
-        channels, side, _ = shape
+        (channels, side, _), time_dim = shape, 4 * base_ch
         if side % 2 ** (len(ch_mult) - 1):
             sys.exit(f"CHANNEL_MULT = {ch_mult} halves {side} pixels too often: shorten it.")
-        self.precision, time_dim = precision, 4 * base_ch
+
+        def blocks(level, in_ch):
+            sizes = [in_ch] + num_blocks * [ch[level]]
+            options = time_dim, dropout, side // 2**level in attention_at
+            return nn.ModuleList(ResBlock(i, out, *options) for i, out in pairwise(sizes))
+
+        self.precision = precision
         self.time = nn.Sequential(
             nn.Linear(2 * base_ch, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
         )
-        self.conv_in = nn.Conv2d(channels, base_ch, 3, padding=1)
+        ch = [max(1, round(base_ch * mult)) for mult in ch_mult]  # channels of each level
+        self.conv_in = nn.Conv2d(channels, ch[0], 3, padding=1)
         self.shrink, self.down = nn.ModuleList(), nn.ModuleList()
-        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
-        attention = [side // 2**level in attention_at for level in range(len(ch_mult))]
-        ch, skip_channels = base_ch, [base_ch]  # of h, and of each skip
-        for level, mult in enumerate(ch_mult):
-            if level > 0:
-                self.shrink.append(nn.Conv2d(ch, ch, 3, stride=2, padding=1))
-                skip_channels.append(ch)
-            self.down.append(nn.ModuleList())
-            for _ in range(num_blocks):
-                block = ResBlock(ch, base_ch * mult, time_dim, dropout, attention[level])
-                self.down[level].append(block)
-                ch = base_ch * mult
-                skip_channels.append(ch)
-        self.middle_1 = ResBlock(ch, ch, time_dim, dropout, attention=True)
-        self.middle_2 = ResBlock(ch, ch, time_dim, dropout)
-        for level, mult in reversed(list(enumerate(ch_mult))):
-            self.up.append(nn.ModuleList())
-            for _ in range(num_blocks + 1):  # + 1: conv_in and shrink have a skip, too
-                in_ch = ch + skip_channels.pop()
-                block = ResBlock(in_ch, base_ch * mult, time_dim, dropout, attention[level])
-                self.up[-1].append(block)
-                ch = base_ch * mult
-            if level > 0:
-                self.grow.append(nn.Conv2d(ch, ch, 3, padding=1))
-        self.norm_out = group_norm(ch)
-        self.conv_out = zero_init(nn.Conv2d(ch, channels, 3, padding=1))
+        self.grow, self.up = nn.ModuleList(), nn.ModuleList()
+        for level in range(1, len(ch)):
+            self.shrink.append(nn.Conv2d(ch[level - 1], ch[level], 3, stride=2, padding=1))
+            self.down.append(blocks(level, ch[level]))
+        self.middle_1 = ResBlock(ch[-1], ch[-1], time_dim, dropout, attention=True)
+        self.middle_2 = ResBlock(ch[-1], ch[-1], time_dim, dropout)
+        for level in reversed(range(len(ch) - 1)):
+            self.grow.append(nn.Conv2d(ch[level + 1], ch[level], 1))
+            self.up.append(blocks(level, 2 * ch[level]))  # 2: the skip is concatenated
+        self.norm_out = group_norm(ch[0])
+        self.conv_out = zero_init(nn.Conv2d(ch[0], channels, 3, padding=1))
 
     def forward(self, x_t, t):
         return self.predict(x_t, self.embed(t))
@@ -364,23 +355,19 @@ class UNet(nn.Module):
         # over many values and everything outside the network stay float32.
         mixed = self.precision != torch.float32
         with torch.autocast(x_t.device.type, self.precision, enabled=mixed):
-            time = F.silu(time)
-            h = self.conv_in(x_t)  #                                     (B, base_ch, side, side)
-            skips = [h]
-            for level, blocks in enumerate(self.down):
-                if level > 0:
-                    h = self.shrink[level - 1](h)  #                     (B, ch, side / 2, side / 2)
-                    skips.append(h)
+            h, time, skips = self.conv_in(x_t), F.silu(time), []  #      (B, 8, 28, 28): the drawing
+            for shrink, blocks in zip(self.shrink, self.down):
+                skips.append(h)
+                h = shrink(h)  #                                         (B, 32, 14, 14), ...
                 for block in blocks:
                     h = block(h, time)
-                    skips.append(h)
-            h = self.middle_2(self.middle_1(h, time), time)
-            for i, blocks in enumerate(self.up):  # from the coarsest level to the finest
-                if i > 0:
-                    h = self.grow[i - 1](F.interpolate(h, scale_factor=2))  # twice the side
+            h = self.middle_2(self.middle_1(h, time), time)  #           (B, 64, 7, 7)
+            for grow, blocks in zip(self.grow, self.up):
+                h = F.interpolate(grow(h), scale_factor=2)  #            (B, 32, 14, 14), ...
+                h = torch.cat([h, skips.pop()], dim=1)
                 for block in blocks:
-                    h = block(torch.cat([h, skips.pop()], dim=1), time)
-            return self.conv_out(F.silu(self.norm_out(h))).float()  #    (B, C, side, side)
+                    h = block(h, time)
+            return self.conv_out(F.silu(self.norm_out(h))).float()  #    (B, C, 28, 28)
 
 
 NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # of the UNet
@@ -424,10 +411,16 @@ class DDPM:
 
     def loss(self, x_0):
         """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1."""
-        t = torch.randint(self.T, (len(x_0),), device=self.device)  # any step, for each image
+        t = self.random_timesteps(len(x_0))
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖²
+
+    def random_timesteps(self, n):
+        """NEW in 02. Return n random t, int64 (n,), large ones more often:  t = T · √u."""
+        # u is spread evenly over the batch, one number in each n-th of 0 ... 1.
+        u = (torch.arange(n, device=self.device) + torch.rand(n, device=self.device)) / n
+        return (self.T * u.sqrt()).long().clamp(max=self.T - 1)
 
     def predict_noise(self, x_t, t, *condition):
         """Return noise_pred (B, C, H, W), the noise in x_t at step t, an int."""
@@ -932,7 +925,8 @@ def save_sampling_figures(ddim, losses, settings, x_0, folder, note):
 FIXED = "DATASET", "IMAGE_SHAPE", "T", "SCHEDULE", *NETWORK
 LIMITS = (  # constants, what each must be, the lowest and the highest value
     ("IMAGE_SIZE BASE_CH NUM_BLOCKS BATCH_SIZE", "a whole number", 1, 100_000),
-    ("CHANNEL_MULT ATTENTION_AT", "whole numbers", 1, 100_000),
+    ("ATTENTION_AT", "whole numbers", 1, 100_000),
+    ("CHANNEL_MULT", "numbers", 1e-9, 1000),
     ("T", "a whole number", 2, 100_000),
     ("SEED", "a whole number", 0, 2**63 - 1),
     ("EPOCHS SAVE_EVERY PREVIEW_EVERY", "a number", 1e-9, 1e9),
@@ -940,7 +934,6 @@ LIMITS = (  # constants, what each must be, the lowest and the highest value
     ("DROPOUT EMA_DECAY", "a number", 0, 0.999999),
     ("FLIP COMPILE", "a choice", False, True),
 )
-TYPES = {"a whole number": int, "whole numbers": int, "a number": int | float, "a choice": bool}
 LIMITS += (("DDIM_STEPS", "a whole number", 1, T), ("ETA", "a number", 0, 1))  # NEW in 04
 
 
@@ -950,12 +943,13 @@ def check(constants):
     if settings["SCHEDULE"] not in [*SCHEDULES]:
         sys.exit(f"SCHEDULE = {settings['SCHEDULE']!r} does not work: use one of {[*SCHEDULES]}.")
     for names, kind, low, high in LIMITS:
+        type_ = int if "whole" in kind else int | float if "number" in kind else bool
         for name in names.split():
             value = constants[name]
             value = value.tolist() if hasattr(value, "tolist") else value  # NumPy's numbers
-            many = kind == "whole numbers"
+            many = kind.endswith("numbers")
             values = tuple(value) if many and isinstance(value, list | tuple) else (value,)
-            works = all(isinstance(v, TYPES[kind]) and low <= v <= high for v in values)
+            works = all(isinstance(v, type_) and low <= v <= high for v in values)
             if not works or (name == "CHANNEL_MULT" and not values):
                 allowed = f"{kind} from {low} to {high}"
                 sys.exit(f"{name} = {value!r} does not work: it must be {allowed}.")

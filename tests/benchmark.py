@@ -27,6 +27,7 @@ import ast
 import copy
 import hashlib
 import importlib
+import math
 import os
 import platform
 import re
@@ -321,18 +322,20 @@ def read_checkpoint(script, sampler):
     return sampler.load(path), state, digest
 
 
-def draw(name, digest, sample, folder=OUT_DIR, size=250, seed=SEED):
-    """Return COUNT samples, drawn by sample(n, first) in parts after seeding once.
+def draw(name, digest, sample, folder=OUT_DIR, size=250, seed=SEED, count=None):
+    """Return COUNT (or count) samples, drawn by sample(n, first) in parts after seeding once.
 
     They are kept in folder under this name while weights and scripts have this digest.
     """
 
+    count = count or COUNT
+
     def make():
         torch.manual_seed(seed)
-        parts = [sample(min(size, COUNT - first), first) for first in range(0, COUNT, size)]
+        parts = [sample(min(size, count - first), first) for first in range(0, count, size)]
         return torch.cat(parts).cpu()
 
-    return kept(folder / f"{name}.pt", f"{digest}, {COUNT}", make)
+    return kept(folder / f"{name}.pt", f"{digest}, {count}", make)
 
 
 def row_of(script, networks, sampler, sample, scores):
@@ -473,6 +476,22 @@ def benchmark_04(judge):
     return row, default_samples
 
 
+def ideal_x_0(x_t, alpha_bar_t, images):
+    """Return the best possible x̂_0 of x_t (B, C, H, W), if x_0 is one of images (N, C, H, W).
+
+    The squared error is smallest for the mean of all images, each weighted by the probability that
+    x_t came from it: the less noise it takes to turn an image into x_t, the more probable that
+    image is (Karras et al. 2022, arXiv:2206.00364, Eq. 57). On average, no network can do better.
+    At large t, this is a mean of many images, which a network can learn. At small t, it is a single
+    image, and a network that did as well would have memorised it.
+    """
+    signal, spread = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)
+    # ε = (x_t − √ᾱ_t · x_0) / √(1−ᾱ_t) has the density exp(−‖ε‖² / 2), up to a constant.
+    noise_norm = torch.cdist(x_t.flatten(1) / signal, images.flatten(1)) * signal / spread  # (B, N)
+    probability = (-noise_norm.square() / 2).softmax(dim=1)
+    return (probability @ images.flatten(1)).view_as(x_t)
+
+
 def why_noise_helps(judge, ddim, digest, steps=50):
     """Print how good `steps` early steps are with new noise in a part of them, or no network.
 
@@ -485,7 +504,7 @@ def why_noise_helps(judge, ddim, digest, steps=50):
 
     def ideal(x_t, t):
         alpha_bar_t = ddim.alpha_bars[t[0].item()]
-        x_0 = load(SCRIPTS["02"]).ideal_x_0(x_t, alpha_bar_t, images)
+        x_0 = ideal_x_0(x_t, alpha_bar_t, images)
         return (x_t - alpha_bar_t**0.5 * x_0) / (1 - alpha_bar_t) ** 0.5
 
     oracle = copy.copy(ddim)

@@ -7,14 +7,18 @@ from utils.visualize import BLUE, GREY, ORANGE, STYLE, _figure, _save
 
 @matplotlib.rc_context(STYLE)
 def bars(values, path, title="", xlabel="", note="", other_from=None):
-    """Save numbers by name, {name: number}, as bars; from bar number other_from on in grey."""
+    """Save the means of {name: numbers} as bars with a dot for each number; from bar number
+    other_from on in grey."""
     fig = _figure(8, 1.2 + 0.32 * len(values), title, note)
     ax, names = fig.subplots(), list(values)
     colours = [BLUE if i < (other_from or len(values)) else GREY for i in range(len(values))]
-    drawn = ax.barh(names, list(values.values()), color=colours)
-    ax.bar_label(drawn, fmt="%.2f", padding=3)
+    means = [sum(numbers) / len(numbers) for numbers in values.values()]
+    drawn = ax.barh(names, means, color=colours)
+    ax.bar_label(drawn, fmt="%.2f", padding=14)
+    for name, numbers in values.items():
+        ax.plot(numbers, [name] * len(numbers), ".", color="black")
     ax.invert_yaxis()
-    ax.set(xlabel=xlabel, xlim=(0, 1.1 * max(values.values())))
+    ax.set(xlabel=xlabel, xlim=(0, 1.2 * max(max(numbers) for numbers in values.values())))
     return _save(fig, path)
 
 

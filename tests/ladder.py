@@ -1,19 +1,21 @@
 """What is each improvement of 02 worth? `python tests/benchmark.py ladder` runs this.
 
-It trains 02's network by the recipe of 01, adds one improvement after the other, and then takes
-each of them alone out of the full recipe. All rows have the same seed, images in the same order,
-and MINUTES of training each: at the start, the time of a training step of every row is measured,
-the rows by turns, which gives the number of steps of each row. So whatever else the machine does
-later may delay a row, but does not change its result. 02's own sampler draws the samples in
-SAMPLING_STEPS steps. Whatever is ready is kept in `outputs/benchmark/ladder/`.
+It trains DDPM's own recipe on a network of DDPM's shape, adds one improvement of 02 after the
+other, and then takes each of them alone out of the full recipe. Every row has the same MINUTES of
+training on one core, and three seeds, which set the initial weights, images, t and noise. The time
+of a training step is measured at the start, by turns, once for each combination that costs
+differently, and sets the number of steps. So whatever else the machine does later may delay a row,
+but does not change its result. The learning rate of each optimizer is the best of RATES, by the
+first seed. 04's sampler draws the samples, in SAMPLING_STEPS early steps, with new noise (η = 1).
+Whatever is ready is kept in `outputs/benchmark/ladder/`.
 """
 
 import copy
 import math
-import random
 import statistics
 import time
 from functools import partial
+from itertools import pairwise, product
 
 import torch
 import torch.nn as nn
@@ -21,102 +23,147 @@ import torch.nn.functional as F
 from figures import bars
 from tqdm import tqdm
 
-MINUTES = 8
-SAMPLING_STEPS = 50
+MINUTES = 3
+SEEDS = 0, 1, 2
+RATES = {"Adam": (0.001, 0.002, 0.004, 0.008), "Muon": (0.01, 0.02, 0.04)}
+COUNT = 2000  # samples of each training run
+SAMPLING_STEPS = 25
 ROUNDS = 20  # of measuring the time of a step
-SEED = 0
-ADAM_RATE = 0.004  # the highest, as in 01, and as 02 gives Adam
 TEXTBOOK = {
-    "attention": "nowhere",
+    "network": "DDPM's",
     "schedule": "linear",
-    "averaged": False,
-    "predicts": "noise",
+    "t": "uniform",
+    "weights": "last",
     "optimizer": "Adam",
+    "attention": "nowhere",
+    "predicts": "noise",
 }
 CHANGES = {  # in the order of the ladder
-    "attention": {"attention": "at 14 × 14 and in the middle"},
+    "thin network": {"network": "thin"},
     "cosine schedule": {"schedule": "cosine"},
-    "averaged weights": {"averaged": True},
-    "v": {"predicts": "v"},
+    "large t more often": {"t": "large"},
+    "averaged weights": {"weights": "averaged"},
     "Muon": {"optimizer": "Muon"},
+    "attention": {"attention": "in the middle"},
 }
 
 
 def rows():
-    """Return the recipes by name: up the ladder, then the full one without each of its parts.
-
-    At the end come the one that 02 has on a CPU, and the full one with and without averaged weights
-    after half of the training, when the learning rate is still high.
-    """
+    """Return the recipes by name: up the ladder, then the full one without each of its parts."""
     recipe, recipes = dict(TEXTBOOK), {"the textbook": dict(TEXTBOOK)}
     for name, change in CHANGES.items():
         recipe |= change
         recipes[f"+ {name}"] = dict(recipe)
     for name, change in CHANGES.items():
         recipes[f"all, without {name}"] = {**recipe, **{key: TEXTBOOK[key] for key in change}}
-    recipes["all, attention in the middle only"] = {**recipe, "attention": "in the middle"}
-    on_a_cpu = {**recipes["all, without v"], "attention": "in the middle"}
-    recipes["02 on a CPU: ε, attention in the middle only"] = on_a_cpu
-    halfway = {**recipe, "halfway": True}
-    recipes["all, halfway"] = halfway
-    recipes["all, halfway, without averaged weights"] = {**halfway, "averaged": False}
-    return recipes
+    return recipes | {"all, but predicting v": {**recipe, "predicts": "v"}}
 
 
-def same_training(recipe):
+def training_of(recipe):
     """Return the part of a recipe on which the training depends, as text."""
-    return ", ".join(f"{key} {recipe[key]}" for key in TEXTBOOK if key != "averaged")
+    return ", ".join(f"{key} {value}" for key, value in recipe.items() if key != "weights")
 
 
-def seed_of(*parts):
-    """Return a seed made of SEED and these parts: the same for all rows."""
-    return random.Random(repr((SEED, *parts))).getrandbits(63)
+def cost_of(recipe):
+    """Return the part of a recipe on which the time of a training step depends, as text."""
+    return ", ".join(f"{key} {recipe[key]}" for key in ("network", "optimizer", "attention"))
+
+
+# %% Training
+
+
+class WideUNet(nn.Module):
+    """A U-Net for MNIST in DDPM's shape: appendix B, but 16, 32, 64 channels, one block per level.
+
+    Before the third edition it was 02's own. Every output on the left is a skip.
+
+    28 × 28   conv_in (16) → block (16) ───── 2 skips ────→ 2 blocks (16) → conv_out
+    14 × 14     └ shrink (16) → block (32) ── 2 skips ────→ 2 blocks (32) → grow ┘
+     7 × 7          └ shrink (32) → block (64) ─ 2 skips ─→ 2 blocks (64) → grow ┘
+                                    └→ middle_1 → middle_2 ┘
+    """
+
+    def __init__(self, script, base_ch=16):
+        super().__init__()
+        self.embed, dim = script.timestep_embedding, 4 * base_ch
+        a, b, c = base_ch, 2 * base_ch, 4 * base_ch
+
+        def block(in_ch, out_ch, attention=False):
+            return script.ResBlock(in_ch, out_ch, dim, 0.0, attention)
+
+        self.time = nn.Sequential(nn.Linear(b, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.conv_in = nn.Conv2d(1, a, 3, padding=1)
+        self.shrink = nn.ModuleList(nn.Conv2d(ch, ch, 3, stride=2, padding=1) for ch in (a, b))
+        self.down = nn.ModuleList(block(*ch) for ch in ((a, a), (a, b), (b, c)))
+        self.middle_1, self.middle_2 = block(c, c, attention=True), block(c, c)
+        sizes = ((2 * c, c), (c + b, c)), ((c + b, b), (b + a, b)), ((b + a, a), (2 * a, a))
+        self.up = nn.ModuleList(nn.ModuleList(block(*ch) for ch in level) for level in sizes)
+        self.grow = nn.ModuleList(nn.Conv2d(ch, ch, 3, padding=1) for ch in (c, b))
+        self.norm_out = nn.GroupNorm(8, a)
+        self.conv_out = script.zero_init(nn.Conv2d(a, 1, 3, padding=1))
+
+    def forward(self, x_t, t):
+        time = self.time(self.embed(t, self.time[0].in_features))
+        h, time, skips = self.conv_in(x_t), F.silu(time), []
+        for level, block in enumerate(self.down):
+            skips.append(h)
+            if level > 0:
+                h = self.shrink[level - 1](h)
+                skips.append(h)
+            h = block(h, time)
+        skips = [*skips, h]
+        h = self.middle_2(self.middle_1(h, time), time)
+        for level, blocks in enumerate(self.up):
+            if level > 0:
+                h = self.grow[level - 1](F.interpolate(h, scale_factor=2))
+            for block in blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), time)
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Run:
     """One training run by a recipe with the definitions of 02 (`script`, a module)."""
 
-    def __init__(self, script, recipe, images, total_steps):
-        torch.manual_seed(SEED)
-        self.script, self.recipe, self.images = script, recipe, images
-        self.total_steps, self.step = total_steps, 0
-        device = script.pick_device()
+    def __init__(self, script, recipe, images, total_steps, rate, seed):
+        torch.manual_seed(seed)
+        self.script, self.recipe, self.images, self.seed = script, recipe, images, seed
+        self.total_steps, self.rate, self.step = total_steps, rate, 0
         settings = {name: getattr(script, name, None) for name in script.NETWORK}
         settings |= {"T": script.T, "SCHEDULE": recipe["schedule"], "IMAGE_SHAPE": (1, 28, 28)}
-        settings["ATTENTION_AT"] = (14,) if "14" in recipe["attention"] else ()
-        self.ddpm = script.DDPM.build(settings, device)
+        self.ddpm = script.DDPM.build(settings, torch.device("cpu"))
+        if recipe["network"] == "DDPM's":
+            self.ddpm.model = WideUNet(script).to(memory_format=torch.channels_last)
         self.model = self.ddpm.model
-        if recipe["predicts"] == "v":
-            self.ddpm.predict = partial(predict_from_v, self.ddpm)
         if recipe["attention"] == "nowhere":
             self.model.middle_1.attention = nn.Identity()
-        self.averaged = script.copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False)
         inner, outer = script.split_weights(self.model)
         if recipe["optimizer"] == "Adam":
             inner, outer = [], [*inner, *outer]
+        # Adam beside Muon has a fifth of its rate, as in 02.
         adam = torch.optim.Adam(outer, betas=(0.9, 0.99), fused=True)
-        self.rates = {adam: ADAM_RATE}
+        self.rates = {adam: rate / 5 if inner else rate}
         if inner:
-            self.rates[script.Muon(inner, lr=0)] = script.LEARNING_RATE
+            self.rates[script.Muon(inner, lr=0)] = rate
 
     def loss(self, x_0):
-        if self.recipe["predicts"] == "noise":
+        if self.recipe["t"] == "large" and self.recipe["predicts"] == "noise":
             return self.ddpm.loss(x_0)
-        t = torch.randint(self.ddpm.T, (len(x_0),), device=x_0.device)
+        t = self.ddpm.random_timesteps(len(x_0))
+        if self.recipe["t"] == "uniform":
+            t = torch.randint(self.ddpm.T, (len(x_0),))
         noise = torch.randn_like(x_0)
         x_t = self.script.q_sample(x_0, t, noise, self.ddpm.alphas_cumprod)
         alpha_bar_t = self.ddpm.alphas_cumprod[t].view(-1, 1, 1, 1)
+        if self.recipe["predicts"] == "noise":
+            return F.mse_loss(self.model(x_t, t), noise)
         # Salimans & Ho 2022, arXiv:2202.00512:  v = √ᾱ_t · ε − √(1−ᾱ_t) · x_0
         v = alpha_bar_t.sqrt() * noise - (1 - alpha_bar_t).sqrt() * x_0
         return F.mse_loss(self.model(x_t, t), v)
 
     def train_step(self):
-        size = self.script.BATCH_SIZE
-        torch.manual_seed(seed_of("step", self.step))
-        epoch, number = divmod(self.step, len(self.images) // size)
-        generator = torch.Generator().manual_seed(seed_of("order", epoch))
-        order = torch.randperm(len(self.images), generator=generator)
-        index = order[number * size :][:size]
+        torch.manual_seed(hash((self.seed, self.step)))
+        index = torch.randint(len(self.images), (self.script.BATCH_SIZE,))
         loss = self.loss(self.script.to_batch(self.images[index]))
         self.model.zero_grad()
         loss.backward()
@@ -131,71 +178,154 @@ class Run:
         return loss.item()
 
 
-def predict_from_v(ddpm, x_t, t):
-    """Do what 02's `predict` does, with a network that returns v: Salimans & Ho, appendix D."""
-    v_pred = ddpm.predict_noise(x_t, t)
-    signal, spread = math.sqrt(ddpm.alpha_bars[t]), math.sqrt(1 - ddpm.alpha_bars[t])
-    return signal * x_t - spread * v_pred, spread * x_t + signal * v_pred
+class FromV(nn.Module):
+    """Predicts ε with a network that returns v: Salimans & Ho, appendix D."""
+
+    def __init__(self, model, alphas_cumprod):
+        super().__init__()
+        self.model, self.alphas_cumprod = model, alphas_cumprod
+
+    def forward(self, x_t, t):
+        alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        return (1 - alpha_bar_t).sqrt() * x_t + alpha_bar_t.sqrt() * self.model(x_t, t)
 
 
-def seconds_per_step(script, recipes, images):
-    """Return the time of a training step of each recipe, measured by turns."""
-    times = {name: [] for name in recipes}
-    runs = {name: Run(script, recipe, images, 1000) for name, recipe in recipes.items()}
+def seconds_per_step(script, images):
+    """Return the time of a training step by cost_of, measured by turns."""
+    recipes = {cost_of(recipe): recipe for recipe in rows().values()}
+    runs = {cost: Run(script, recipe, images, 1000, 0, 0) for cost, recipe in recipes.items()}
+    times = {cost: [] for cost in runs}
     for _ in tqdm(range(ROUNDS), "Measuring steps"):
-        for name, run in runs.items():
-            run.train_step()
+        for cost, run in runs.items():
             start = time.perf_counter()
             run.train_step()
-            run.train_step()
-            times[name].append((time.perf_counter() - start) / 2)
-    return {name: statistics.median(some) for name, some in times.items()}
+            times[cost].append(time.perf_counter() - start)
+    return {cost: statistics.median(some) for cost, some in times.items()}
 
 
-def train(run, name):
-    """Return the last and the averaged weights at the end of a run, and after half of it."""
-    kept = {}
-    for step in tqdm(range(run.total_steps), name, unit=" steps"):
-        if step == run.total_steps // 2:
-            kept["last, halfway"] = copy.deepcopy(run.model.state_dict())
-            kept["averaged, halfway"] = copy.deepcopy(run.averaged.state_dict())
-        run.train_step()
-    return kept | {"last": run.model.state_dict(), "averaged": run.averaged.state_dict()}
+class Ladder:
+    """Trains, samples and scores, and keeps the results; benchmark: that module."""
+
+    def __init__(self, benchmark, judge):
+        torch.set_num_threads(1)
+        self.benchmark, self.judge, self.folder = benchmark, judge, benchmark.OUT_DIR / "ladder"
+        self.script, self.ddim = (benchmark.load(benchmark.SCRIPTS[n]) for n in ("02", "04"))
+        self.method = benchmark.code_of(benchmark.SCRIPTS["02"], only_method=True)
+        mnist = benchmark.MNIST(benchmark.ROOT / "data", train=True, download=True)
+        self.images = mnist.data[:, None]
+        measure = partial(seconds_per_step, self.script, self.images)
+        self.seconds = benchmark.kept(self.folder / "seconds_per_step.pt", self.method, measure)
+
+    def steps(self, recipe):
+        return round(MINUTES * 60 / self.seconds[cost_of(recipe)])
+
+    def sampler(self, recipe, rate, seed):
+        """Return 04's sampler with the network that this recipe, learning rate and seed trains."""
+        total = self.steps(recipe)
+        run = Run(self.script, recipe, self.images, total, rate, seed)
+        name = f"{training_of(recipe)}, rate {rate:g}, seed {seed}"
+
+        def train():
+            for _ in tqdm(range(total), name, unit=" steps"):
+                run.train_step()
+            return {"last": run.model.state_dict(), "averaged": run.averaged.state_dict()}
+
+        trained = self.benchmark.kept(self.folder / f"{name}.pt", f"{self.method}, {total}", train)
+        run.model.load_state_dict(trained[recipe["weights"]])
+        model = run.model.eval()
+        if recipe["predicts"] == "v":
+            model = FromV(model, run.ddpm.alphas_cumprod)
+        betas = self.script.SCHEDULES[recipe["schedule"]](self.script.T)
+        return self.ddim.DDIM(model, betas, (1, 28, 28), torch.device("cpu"))
+
+    def score(self, recipe, rate, seed):
+        """Return the scores of COUNT samples."""
+        sampler = self.sampler(recipe, rate, seed)
+        name = f"{training_of(recipe)}, rate {rate:g}, seed {seed}, {recipe['weights']}"
+        digest = self.benchmark.digest_of(self.method, sampler.model.state_dict())
+
+        def sample(n, _):
+            return sampler.ddim_sample(n, SAMPLING_STEPS, eta=1, spacing="early")
+
+        samples = self.benchmark.draw(f"samples, {name}", digest, sample, self.folder, count=COUNT)
+        return self.judge.score(samples)
+
+    def best_rates(self):
+        """Print the distance at all learning rates; return the best one of each optimizer."""
+        recipes = rows()
+        table, best = [], {}
+        for optimizer, name in ("Adam", "the textbook"), ("Muon", "+ Muon"):
+            distances = {
+                rate: self.score(recipes[name], rate, SEEDS[0])["Fréchet distance"]
+                for rate in RATES[optimizer]
+            }
+            best[optimizer] = min(distances, key=distances.get)
+            for rate, distance in distances.items():
+                row = {"recipe": name, "learning rate": rate, "Fréchet distance": f"{distance:.2f}"}
+                table.append(row)
+        self.benchmark.print_table(f"Learning rates, seed {SEEDS[0]}", table)
+        return best
+
+    def print_rows(self, rates):
+        """Print the scores of all rows, mean and range over SEEDS, and draw the distances."""
+        table, distances = [], {}
+        for name, recipe in rows().items():
+            rate, cost = rates[recipe["optimizer"]], 1000 * self.seconds[cost_of(recipe)]
+            scores = [self.score(recipe, rate, seed) for seed in SEEDS]
+            distances[name] = [score["Fréchet distance"] for score in scores]
+            row = {"recipe": name, "steps": f"{self.steps(recipe):,}", "ms per step": f"{cost:.0f}"}
+            mean = {key: statistics.fmean(score[key] for score in scores) for key in scores[0]}
+            row |= self.benchmark.in_words(mean)
+            low, high = min(distances[name]), max(distances[name])
+            row["Fréchet distance"] += f" ({low:.2f} to {high:.2f})"
+            table.append(row)
+        title = f"What each improvement of 02 is worth, after {MINUTES} minutes of one core"
+        self.benchmark.print_table(title, table)
+        cpu = f"On {self.benchmark.processor()}, seeds {SEEDS}, learning rates {rates}"
+        print(f"{cpu}; {COUNT:,} samples each, {SAMPLING_STEPS} early steps, η = 1.")
+        note = f"MNIST; {COUNT:,} samples in {SAMPLING_STEPS} steps; dots: {len(SEEDS)} seeds"
+        label, path = "Fréchet distance to MNIST (lower is better)", "ladder.png"
+        path = self.benchmark.OUT_DIR / path
+        print(f"Saved {bars(distances, path, title, label, note, other_from=1 + len(CHANGES))}")
+
+    def who_draws_what(self, rates, middle=500):
+        """Print the scores of samples whose large and small t belong to different networks.
+
+        One network was trained with uniform t, the other with large t more often, for as long.
+        """
+        full, table = rows()["+ attention"], []
+        networks = {"uniform": {**full, "t": "uniform"}, "large t": full}
+        for above, below in product(networks, networks):
+            scores = []
+            for seed in SEEDS:
+                pair = [
+                    self.sampler(networks[name], rates["Muon"], seed) for name in (above, below)
+                ]
+
+                @torch.no_grad()
+                def sample(n, _, pair=pair):
+                    x_t = torch.randn(n, 1, 28, 28)
+                    for t, t_prev in pairwise(pair[0].timesteps(SAMPLING_STEPS, "early")):
+                        x_t, _ = pair[t < middle].ddim_step(x_t, t, t_prev, 1)
+                    return x_t
+
+                weights = [some.model.state_dict() for some in pair]
+                digest = self.benchmark.digest_of(self.method, str(middle), *weights)
+                name = f"samples, {above} above, {below} below {middle}, seed {seed}"
+                samples = self.benchmark.draw(name, digest, sample, self.folder, count=COUNT)
+                scores.append(self.judge.score(samples))
+            distances = [score["Fréchet distance"] for score in scores]
+            mean = {key: statistics.fmean(score[key] for score in scores) for key in scores[0]}
+            words = self.benchmark.in_words(mean)
+            words["Fréchet distance"] += f" ({min(distances):.2f} to {max(distances):.2f})"
+            row = {f"t >= {middle} by": above, f"t < {middle} by": below, **words}
+            table.append(row)
+        self.benchmark.print_table("Samples by two networks: training with which t", table)
 
 
 def ladder(benchmark, judge):
-    """Train, sample and score all rows, print the table, draw it."""
-    script = benchmark.load(benchmark.SCRIPTS["02"])
-    method = benchmark.code_of(benchmark.SCRIPTS["02"], only_method=True)
-    folder = benchmark.OUT_DIR / "ladder"
-    images = benchmark.MNIST(benchmark.ROOT / "data", train=True, download=True).data[:, None]
-    recipes = rows()
-    trainings = {same_training(recipe): recipe for recipe in recipes.values()}
-    measure = partial(seconds_per_step, script, trainings, images)
-    seconds = benchmark.kept(folder / "seconds_per_step.pt", str(MINUTES), measure)
-    table, distances = [], {}
-    for name, recipe in recipes.items():
-        training = same_training(recipe)
-        run = Run(script, recipe, images, round(MINUTES * 60 / seconds[training]))
-        digest = benchmark.digest_of(method, training, str(run.total_steps))
-        trained = benchmark.kept(folder / f"{training}.pt", digest, partial(train, run, training))
-        weights = "averaged" if recipe["averaged"] else "last"
-        weights += ", halfway" if "halfway" in recipe else ""
-        run.model.load_state_dict(trained[weights])
-        run.model.eval()
-        samples = benchmark.draw(
-            f"samples, {training}, {weights}",
-            benchmark.digest_of(method, training, trained[weights]),
-            lambda n, _, ddpm=run.ddpm: ddpm.sample(n, SAMPLING_STEPS),
-            folder,
-        )
-        scores = judge.score(samples)
-        distances[name] = scores["Fréchet distance"]
-        times = {"steps": f"{run.total_steps:,}", "ms per step": f"{1000 * seconds[training]:.0f}"}
-        table.append({"recipe": name, **times, **benchmark.in_words(scores)})
-    title = f"What each improvement of 02 is worth, after {MINUTES} minutes of training"
-    benchmark.print_table(title, table)
-    print(f"On {benchmark.processor()}, SEED = {SEED}; {SAMPLING_STEPS} sampling steps.")
-    note = f"MNIST, {benchmark.COUNT:,} samples each by {SAMPLING_STEPS} steps, SEED = {SEED}"
-    label, path = "Fréchet distance to MNIST (lower is better)", benchmark.OUT_DIR / "ladder.png"
-    print(f"Saved {bars(distances, path, title, label, note, other_from=1 + len(CHANGES))}")
+    """Print the tables and draw the figure."""
+    whole = Ladder(benchmark, judge)
+    rates = whole.best_rates()
+    whole.print_rows(rates)
+    whole.who_draws_what(rates)

@@ -107,7 +107,7 @@ def test_cifar10(project, figures):
     [
         {"T": 2, "BASE_CH": 1, "ATTENTION_AT": (), "BATCH_SIZE": 65, "EPOCHS": 0.5},
         {"SCHEDULE": "linear", "BASE_CH": 10, "CHANNEL_MULT": (2, 1, 3), "NUM_BLOCKS": 2, "T": 3},
-        {"ATTENTION_AT": 28, "CHANNEL_MULT": 1, "FLIP": True, "EMA_DECAY": 0.5, "T": 2},
+        {"ATTENTION_AT": 14, "CHANNEL_MULT": 1, "FLIP": True, "EMA_DECAY": 0.5, "T": 2},
     ],
     ids=str,
 )

@@ -61,7 +61,7 @@ def test_it_learns_which_class_is_which_from_a_folder_of_images(project, figures
     colours = {"black": (0, 0, 0), "red": (255, 0, 0), "white": (255, 255, 255)}
     lay_colours(project, colours, count=8)
     constants = {"IMAGE_SIZE": 8, "T": 20, "SAMPLE_STEPS": 4, "BASE_CH": 8, "CHANNEL_MULT": (1, 1)}
-    constants |= {"DATASET": "my images", "EPOCHS": 75, "BATCH_SIZE": 12}
+    constants |= {"DATASET": "my images", "EPOCHS": 40, "BATCH_SIZE": 12}
     project.prepare(SCRIPT, **constants)
     done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr

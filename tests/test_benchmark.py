@@ -1,6 +1,7 @@
 """The scores of tests/benchmark.py, where the answer is known, and tests/ladder.py in small."""
 
 import itertools
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -216,6 +217,19 @@ def test_a_run_is_measured_once_and_again_when_the_script_changes(tmp_path, monk
         benchmark.run("03_x.py")
 
 
+@pytest.mark.parametrize("alpha_bar_t", [1e-6, 0.3, 0.9999])
+def test_ideal_x_0_is_the_mean_of_the_posterior(alpha_bar_t):
+    """Bayes' rule in plain numbers, image by image. No other prediction has a smaller error."""
+    images, x_t = torch.rand(7, 1, 2, 2) * 2 - 1, torch.randn(3, 1, 2, 2)
+    x_t[0] = alpha_bar_t**0.5 * images[4] + 0.1 * (1 - alpha_bar_t) ** 0.5
+    for x, ours in zip(x_t, benchmark.ideal_x_0(x_t, alpha_bar_t, images)):
+        noises = [(x - alpha_bar_t**0.5 * image) / (1 - alpha_bar_t) ** 0.5 for image in images]
+        logs = torch.stack([-(noise.double() ** 2).sum() / 2 for noise in noises])
+        weights = (logs - logs.max()).exp() / (logs - logs.max()).exp().sum()
+        expected = sum(weight * image for weight, image in zip(weights, images))
+        assert torch.allclose(ours, expected.float(), atol=2e-3)
+
+
 # %% The ladder
 
 
@@ -223,12 +237,13 @@ def test_a_run_is_measured_once_and_again_when_the_script_changes(tmp_path, monk
 def small_02(monkeypatch, tmp_path):
     """02 with a tiny network, 40 black images, and a clock by which a step takes 20 ms."""
     script = benchmark.load(benchmark.SCRIPTS["02"])
-    clock = SimpleNamespace(perf_counter=partial(next, itertools.count(step=0.04)))
+    clock = SimpleNamespace(perf_counter=partial(next, itertools.count(step=0.02)))
     mnist = SimpleNamespace(data=torch.zeros(40, 28, 28, dtype=torch.uint8))
     for module, values in (
-        (script, {"BASE_CH": 2, "CHANNEL_MULT": (1, 1), "BATCH_SIZE": 4, "T": 50}),
-        (benchmark, {"OUT_DIR": tmp_path, "COUNT": 3, "MNIST": lambda *_, **__: mnist}),
-        (ladder, {"MINUTES": 0.002, "SAMPLING_STEPS": 3, "ROUNDS": 1, "time": clock}),
+        (script, {"BASE_CH": 8, "BATCH_SIZE": 4, "T": 50}),
+        (benchmark, {"OUT_DIR": tmp_path, "MNIST": lambda *_, **__: mnist}),
+        (ladder, {"MINUTES": 0.001, "SAMPLING_STEPS": 3, "ROUNDS": 1, "time": clock, "COUNT": 3}),
+        (ladder, {"SEEDS": (0, 1), "RATES": {"Adam": (0.001, 0.002), "Muon": (0.02,)}}),
     ):
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
@@ -246,46 +261,58 @@ def test_ladder_adds_one_thing_at_a_time_and_takes_each_out_alone():
         assert len(changed) == 1 and without[changed[0]] == textbook[changed[0]]
 
 
-def flat(weights):
-    return torch.cat([weight.flatten() for weight in weights.values()])
-
-
-def test_ladder_scores_its_rows_and_trains_only_once(small_02, capsys, monkeypatch, tmp_path):
-    rows = {  # the last two share a training run
-        "the textbook": "last",
-        "+ v": "averaged",
-        "+ Muon": "averaged",
-        "all, halfway, without averaged weights": "last, halfway",
-    }
-    recipes, asked, shown, original = ladder.rows(), [], [], small_02.DDPM.sample
-    monkeypatch.setattr(ladder, "rows", lambda: {name: recipes[name] for name in rows})
-
-    def sample(ddpm, n, steps):
-        asked.append((flat(ddpm.model.state_dict()), ddpm.model.training, steps))
-        return original(ddpm, n, steps)
-
-    monkeypatch.setattr(small_02.DDPM, "sample", sample)
-    judge = SimpleNamespace(score=lambda x: shown.append(x) or {"Fréchet distance": len(shown)})
+def test_ladder_prints_its_tables_and_trains_only_once(small_02, capsys, monkeypatch, tmp_path):
+    recipes, shown = ladder.rows(), []
+    names = "the textbook", "+ thin network", "+ averaged weights", "+ attention"
+    monkeypatch.setattr(ladder, "CHANGES", {})
+    kept = {name: recipes[name] for name in (*names, "+ Muon", "all, but predicting v")}
+    monkeypatch.setattr(ladder, "rows", lambda: kept)
+    judge = SimpleNamespace(
+        score=lambda x: shown.append(x) or {"Fréchet distance": x.mean().item()}
+    )
     ladder.ladder(benchmark, judge)
     out = capsys.readouterr().out
-    for number, (name, wanted) in enumerate(rows.items()):
-        assert f"| {name} | 6 | 20 | {number + 1}.00 |" in out
-        path = tmp_path / "ladder" / f"{ladder.same_training(recipes[name])}.pt"
-        kept = torch.load(path, weights_only=True)["result"]
-        weights, training, steps = asked[number]
-        assert [key for key in kept if torch.equal(flat(kept[key]), weights)] == [wanted]
-        assert not training and steps == 3
-    assert len(list(path.parent.glob("*attention*.pt"))) == 3 + 4, "training runs, samples"
+    tables = [t.splitlines()[2:] for t in re.findall(r"(?m)(?:^\|.*\n)+", out)]
+    assert [len(table) for table in tables] == [3, 6, 4]
+    assert all(f"| {name} | 3 | 20 | " in out for name in kept)
+    first, same = tables[1][0], tables[2][3]
+    assert re.search(r" -?\d\.\d\d \(-?\d\.\d\d to -?\d\.\d\d\) \|$", first), "mean and range"
+    assert same.startswith("| large t | large t |")
+    assert same.split(" | ")[-1] == tables[1][3].split(" | ")[-1], (
+        "one network, so the same samples"
+    )
     assert all(x.shape == (3, 1, 28, 28) and x.abs().max() <= 1 for x in shown)
-    assert (tmp_path / "ladder.png").exists()
+    trainings = {*(tmp_path / "ladder").glob("network*.pt")}
+    # textbook: 2 seeds, a rate more; thin, cosine ... large t: 2 each; full recipe with uniform t
+    assert len(trainings) == 3 + 2 * 6 and (tmp_path / "ladder.png").exists()
     monkeypatch.setattr(ladder.Run, "train_step", lambda self: 1 / 0)
     ladder.ladder(benchmark, judge)
-    assert len(asked) == 4 and all(torch.equal(a, b) for a, b in zip(shown, shown[4:]))
+    assert capsys.readouterr().out == out
+
+
+def test_a_recipe_is_what_it_says(small_02):
+    script, images = small_02, torch.zeros(40, 1, 28, 28, dtype=torch.uint8)
+    recipes = ladder.rows()
+    textbook = ladder.Run(script, recipes["the textbook"], images, 10, 0.004, 0)
+    assert isinstance(textbook.model, ladder.WideUNet) and [*textbook.rates.values()] == [0.004]
+    assert isinstance(textbook.model.middle_1.attention, torch.nn.Identity)
+    assert sum(p.numel() for p in ladder.WideUNet(script).parameters()) == 667_649, "02's, once"
+    full = ladder.Run(script, recipes["+ attention"], images, 10, 0.02, 0)
+    assert isinstance(full.model, script.UNet) and sorted(full.rates.values()) == [0.004, 0.02]
+    assert isinstance(full.model.middle_1.attention, script.Attention)
+    beta = script.linear_beta_schedule(50)[0].item()
+    assert textbook.ddpm.alpha_bars[0] == pytest.approx(1 - beta) != full.ddpm.alpha_bars[0]
+    seen = []
+    for run in textbook, full:
+        run.model.forward = run.ddpm.model = lambda x, t: seen.append(t) or torch.zeros_like(x)
+        run.loss(torch.zeros(4000, 1, 2, 2))
+    shares = [(t < 25).double().mean().item() for t in seen]
+    assert shares == [pytest.approx(1 / 2, abs=0.03), pytest.approx(1 / 4, abs=0.01)]
 
 
 def test_ladder_learns_v_where_it_says_so(small_02):
     """A network that knows images of one grey answers with v = √ᾱ ε − √(1−ᾱ) x_0."""
-    run = ladder.Run(small_02, ladder.rows()["+ v"], None, 10)
+    run = ladder.Run(small_02, ladder.rows()["all, but predicting v"], None, 10, 0.02, 0)
     x_0 = torch.full((2000, 1, 2, 2), 0.5)
 
     def v(x_t, t):
@@ -293,9 +320,9 @@ def test_ladder_learns_v_where_it_says_so(small_02):
         noise = (x_t - a.sqrt() * 0.5) / (1 - a).sqrt()
         return (a.sqrt() * noise - (1 - a).sqrt() * 0.5).float()
 
-    run.model.forward = run.ddpm.model = v
+    run.model.forward = v
     assert run.loss(x_0).item() == pytest.approx(0, abs=1e-6)
-    noise, alphas_cumprod = torch.randn_like(x_0), run.ddpm.alphas_cumprod
-    x_t = small_02.q_sample(x_0, torch.full((2000,), 20), noise, alphas_cumprod)
-    x_0_pred, noise_pred = run.ddpm.predict(x_t, 20)
-    assert torch.allclose(x_0_pred, x_0, atol=1e-5) and torch.allclose(noise_pred, noise, atol=1e-4)
+    noise, t = torch.randn_like(x_0), torch.full((2000,), 20)
+    x_t = small_02.q_sample(x_0, t, noise, run.ddpm.alphas_cumprod)
+    noise_pred = ladder.FromV(v, run.ddpm.alphas_cumprod)(x_t, t)
+    assert torch.allclose(noise_pred, noise, atol=1e-3)

@@ -21,7 +21,7 @@ MORE_NONSENSE = {
     "SAMPLE_STEPS DDIM_STEPS": [0, 2.5, 1001],
     "DOWNSAMPLE": [0, 1, 2.5, 16],
     "SEED": [2.5, 2**63, "0"],
-    "CHANNEL_MULT": [(), [], 0, (1, 0), (1, "2"), (1, 2.5), "12"],
+    "CHANNEL_MULT": [(), [], 0, (1, 0), (1, "2"), (1, 2000.5), "12"],
     "ATTENTION_AT": [0, (-1,), (7.5,), ((7,),), "7"],
     "EPOCHS VAE_EPOCHS SAVE_EVERY PREVIEW_EVERY": [0, -0.5, math.inf, [], "1"],
     "LEARNING_RATE": [0, 2.0, math.inf, "0.02"],
@@ -74,7 +74,7 @@ def test_nonsense_ends_with_one_line_that_names_it(tmp_path, script):
 def test_the_checks_come_before_any_work(project, script):
     """Sampling takes at most T steps, whatever T is."""
     name = {"02": "T", "03": "SAMPLE_STEPS"}.get(script[:2], "DDIM_STEPS")
-    project.edit(script, **{"T": 5, name: 1 if name == "T" else 6})
+    project.edit(script, **{"T": 5, "EPOCHS": 1e-9, name: 1 if name == "T" else 6})
     done = project.run_here(script)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert re.match(rf"{name} = [16] does not work: it must be .+ (2|1 to 5)\b", done.stderr)

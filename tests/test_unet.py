@@ -38,10 +38,15 @@ def test_a_side_that_cannot_be_halved_ends_with_one_line():
         make_model(ch_mult=(1, 2, 2, 2))
 
 
-def test_the_size_is_that_of_the_papers():
-    """DDPM's network for CIFAR-10 has 35.7 million parameters (section 4); ours also scales."""
-    model = script.UNet((3, 32, 32), 128, (1, 2, 2, 2), 2, (16,), 0.1, torch.float32)
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(35.7e6, rel=0.1)
+def test_the_drawing_shows_the_network():
+    """28 × 28: one block, on the way up; 14 × 14: one on each side; 7 × 7: one, then the middle."""
+    model, passed = make_model(base_ch=32, ch_mult=(1 / 4, 1, 2), attention_at=()), []
+    for block in blocks(model):
+        hook = lambda module, args, out: passed.append((args[0].shape[1], *out.shape[1:3]))  # noqa: E731
+        block.register_forward_hook(hook)
+    model(torch.randn(1, 1, 28, 28), torch.tensor([5]))
+    down, middle, up = [(32, 32, 14), (64, 64, 7)], 2 * [(64, 64, 7)], [(64, 32, 14), (16, 8, 28)]
+    assert passed == [*down, *middle, *up], "channels in and out, and the side"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,8 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
 
 def test_group_norm_divides_any_width():
     for ch in (1, 3, 8, 12, 20, 64):
-        assert ch % script.group_norm(ch).num_groups == 0
+        groups = script.group_norm(ch).num_groups
+        assert ch % groups == 0 and (groups == 1 or ch / groups >= 8), "as in its docstring"
     assert script.group_norm(64).num_groups == 8
 
 

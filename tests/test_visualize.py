@@ -73,7 +73,7 @@ def make_frames(channels=1, count=4, stages=12):
 def test_every_figure_is_written_and_shows_something(tmp_path):
     x, folder = torch.rand(5, 3, 8, 8) * 2 - 1, tmp_path / "new folder"
     frames, alphas_cumprod = make_frames(channels=3), torch.linspace(0.999, 0.001, 50)
-    losses = [0, 5, 9], [0.3, 0.2, 0.1], [0.1, 0.1, 0.0]
+    losses = [0, 5, 9], [0.3, 0.2, 0.1], torch.randint(10, (100,))
     paths = [
         visualize.sample_grid(x, folder / "grid.png", "Title", "note"),
         visualize.denoising_strip(frames, folder / "strip.png"),

@@ -349,18 +349,26 @@ def loss_curve(losses, path, title="Training loss", note=""):
 
 
 @matplotlib.rc_context(STYLE)
-def timestep_losses(timesteps, losses, ideal, path, title="Loss per timestep", note=""):
-    """Save how the loss depends on t (left), and how much of it no network can avoid (right)."""
+def timestep_losses(timesteps, losses, visits, path, title="Loss per timestep", note=""):
+    """Save the loss at each t (left), and which t training visits and what the loss consists of.
+
+    visits: many random t as in training, int64 (n,), 0 ... T - 1.
+    """
     fig = _figure(9.5, 4.2, title, note)
     left, right = fig.subplots(1, 2)
-    for label, values, colour in ("network", losses, BLUE), ("ideal", ideal, ORANGE):
-        left.plot(timesteps, values, color=colour, label=f"{label}: mean {np.mean(values):.4f}")
-    share = 100 * np.divide(ideal, np.maximum(losses, 1e-12))
-    right.plot(timesteps, share, color=ORANGE)
+    left.plot(timesteps, losses, color=BLUE)
     left.set(title="Squared error of the noise", xlabel="t", ylabel="loss", yscale="log")
-    left.set_ylim(bottom=1e-5)
-    right.set(title="The ideal error, as a share of the network's", xlabel="t", ylabel="per cent")
-    left.legend()
+    T, losses = timesteps[-1] + 1, np.array(losses)
+    counts, _ = np.histogram(visits.cpu(), bins=len(timesteps), range=(0, T))
+    for label, weights, colour in ("uniform t", np.ones(len(losses)), GREY), ("02", counts, BLUE):
+        right.plot(
+            timesteps, 100 * weights / weights.sum(), "--", color=colour, label=f"{label}: visits"
+        )
+        share = weights * losses / (weights * losses).sum()
+        right.plot(timesteps, 100 * share, color=colour, label=f"{label}: loss")
+    right.set(title="Which t training visits, and where its loss comes from", xlabel="t")
+    right.set(ylabel=f"per cent in each {len(losses)}-th of t")
+    right.legend()
     return _save(fig, path)
 
 
