@@ -40,11 +40,15 @@ alpha_bars[t]   ᾱ_t; DDIM's α_t                  as alphas_cumprod[t], and 1 
 # %% 1. Settings: edit and run again
 
 import copy
+import hashlib
 import math
 import os
+import re
 import socket
 import sys
 import tempfile
+import unicodedata
+from collections import Counter
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -56,7 +60,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from utils.interpolation import interpolate, loop, transition_gif
@@ -98,35 +102,68 @@ OUT_DIR_02 = "outputs/02_ddpm"  # NEW in 04: a checkpoint here is used instead o
 # %% 2. Data and device
 
 
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # not classes
+HIDDEN = ".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE", "Thumbs.db", "desktop.ini"  # no images
+RESULTS = {"checkpoint.pt", "vae.pt", "weights.pt"}  # a folder with one of these holds results
+
+
 def read_image(file, size):
     """Return an image file of any kind as uint8 (3, size, size); transparency becomes white."""
     image = ImageOps.exif_transpose(Image.open(file))  # upright, as the camera was held
-    if image.mode.startswith("I"):  # 16 bits per pixel
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode[0] in "IF":  # 16 or 32 bits per pixel, whole numbers or float
+        values = np.asarray(image, np.float64)
+        low, high = values.min(), values.max()
+        white = 1 if image.mode == "F" and high <= 1 else 255 if high <= 255 else 65535
+        if not 0 <= low <= high <= white or 255 < high < 4096:  # such as 12 bits in 16
+            raise ValueError(f"values from {low:g} to {high:g}: save it with 8 bits")
+        image = Image.fromarray((values * 255 / white).astype(np.uint8))
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return torch.from_numpy(np.array(ImageOps.fit(image, (size, size)))).permute(2, 0, 1)
 
 
 def load_folder(folder, size):
-    """Return all images below a folder, uint8 (N, 3, size, size), labels (N,) and class names.
+    """Return all images below a folder, uint8 (N, C, size, size), labels (N,) and class names.
 
-    The class of an image is the name of the folder that contains it. Files and folders whose names
-    begin with a dot are skipped.
+    C is 1 if all images are grey, otherwise 3. Links are followed. One line says what cannot be
+    read and is left out; hidden files and the results of these scripts are ignored.
+    The classes are the subfolders, or those of the only one, with everything below: `cat` and `dog`
+    of pets/cat/1.png and pets/dog/indoors/2.png. Subfolders called `train`, `test` and the like
+    are no classes, but contain them. Numbers sort as numbers.
     """
-    kinds = torchvision.datasets.folder.IMG_EXTENSIONS
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in kinds)
-    files = [f for f in files if "/." not in f"/{f.relative_to(folder).as_posix()}"]
-    if len(files) < 2:
-        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with 2 images.")
-    class_names, images = sorted({file.parent.name for file in files}), []
-    for file in tqdm(files, "Reading images", unit=" images"):
+    files, read, left_out, grey = [], [], {}, True
+    for root, folders, names in os.walk(folder, followlinks=True):
+        here = Path(root)
+        if RESULTS & {*names} or here.resolve() in map(Path.resolve, here.parents):
+            names, folders[:] = [], []  # results, or a link that leads back: a circle
+        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
+        files += [here / name for name in names if not name.startswith(HIDDEN)]
+    try:
+        images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    except RuntimeError:
+        gigabytes = 3 * len(files) * size**2 / 1e9
+        sys.exit(f"{len(files):,} images need {gigabytes:,.0f} GB of memory: lower IMAGE_SIZE.")
+    PngImagePlugin.MAX_TEXT_CHUNK, Image.MAX_IMAGE_PIXELS = 2**30, None  # large is not damaged
+    for file in tqdm(sorted(files), "Reading images", unit=" files"):
         try:
-            images.append(read_image(file, size))
+            images[len(read)] = image = read_image(file, size)
+            read.append(file.parent)
+            grey = grey and bool((image == image[0]).all())
         except Exception as error:
-            sys.exit(f"\n{file} cannot be read as an image ({error}): repair or remove it.")
-    labels = torch.tensor([class_names.index(file.parent.name) for file in files])
-    return torch.stack(images), labels, class_names
+            left_out[file] = f"{file.name} ({error})"
+    if left_out:
+        kinds = dict(Counter(file.suffix.lower() for file in left_out))
+        print(f"Left out {kinds}, not readable: {'; '.join([*left_out.values()][:10])}")
+    if len(read) < 2:
+        sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with 2 images.")
+    images = images[: len(read), :1].clone() if grey else images[: len(read)]
+    top = Path(os.path.commonpath(read))
+    paths = [path.relative_to(top).parts or (top.name,) for path in read]
+    if SPLITS.issuperset(path[0].lower() for path in paths):
+        paths = [path[1:] or path for path in paths]
+    labels = [unicodedata.normalize("NFC", path[0]) for path in paths]  # one form of each é
+    names = sorted({*labels}, key=lambda name: re.sub("[0-9]+", lambda n: n[0].zfill(20), name))
+    return images, torch.tensor([names.index(label) for label in labels]), names
 
 
 def load_dataset(name, folder, size):
@@ -140,8 +177,8 @@ def load_dataset(name, folder, size):
         images, labels = draw_digits()
         return images[:, None], labels, [*"0123456789"], name
     if name not in ("MNIST", "FashionMNIST", "CIFAR10"):
-        path = Path(name).expanduser().resolve()
-        return *load_folder(path, size), f"{path.parent.name}/{path.name}/"
+        path = Path(str(name)).expanduser().resolve()
+        return *load_folder(path, size), f"{path.name}/"
     socket.setdefaulttimeout(20)  # seconds; otherwise a dead connection would hang for ever
     try:
         data = getattr(torchvision.datasets, name)(folder, train=True, download=True)
@@ -153,6 +190,12 @@ def load_dataset(name, folder, size):
     # grey (N, H, W) → (N, 1, H, W), colour (N, H, W, 3) → (N, 3, H, W)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return images, labels, [c.split(" - ")[0] for c in data.classes], name  # MNIST: "0 - zero"
+
+
+def fingerprint(images):
+    """Return what tells uint8 images (N, C, H, W) from others: their shape, and a hash of some."""
+    some = images[:: math.ceil(len(images) / 100)].contiguous().numpy().tobytes()
+    return f"{' x '.join(map(str, images.shape))}, {hashlib.sha256(some).hexdigest()[:8]}"
 
 
 def to_batch(images, flip=False):
@@ -685,12 +728,15 @@ def update_average(averaged, model, step, ema_decay):
 
 def save(state, path):
     """Save to a temporary file and rename it: an interruption leaves the old file intact."""
-    unfinished = path.with_name(f"{path.name}.part")
-    with unfinished.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())  # waits until the disk has it: this survives a power cut
-    os.replace(unfinished, path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # waits until the disk has it: this survives a power cut
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def resume(parts, settings, fixed, path):
@@ -922,7 +968,7 @@ def save_sampling_figures(ddim, losses, settings, x_0, folder, note):
 # %% 8. Run
 
 # What must be as in a checkpoint to resume from it:
-FIXED = "DATASET", "IMAGE_SHAPE", "T", "SCHEDULE", *NETWORK
+FIXED = "IMAGES", "T", "SCHEDULE", *NETWORK
 LIMITS = (  # constants, what each must be, the lowest and the highest value
     ("IMAGE_SIZE BASE_CH NUM_BLOCKS BATCH_SIZE", "a whole number", 1, 100_000),
     ("ATTENTION_AT", "whole numbers", 1, 100_000),
@@ -956,6 +1002,8 @@ def check(constants):
             settings[name] = values if many else value
     try:
         out_dir = Path(out_dir).expanduser()
+        if out_dir.resolve() == Path(str(constants["DATASET"])).expanduser().resolve():
+            raise ValueError("the images of DATASET are there")
         out_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out_dir).close()  # fails where nothing can be written
     except Exception as error:
@@ -963,12 +1011,13 @@ def check(constants):
     return settings, out_dir
 
 
-def use_02(path, source, shape):
-    """NEW in 04. Return whether path is a checkpoint of 02 for such images (C, H, W)."""
+def use_02(path, settings, count):
+    """NEW in 04. Return whether path is a checkpoint of 02 for the same images, count of them."""
     try:
-        trained = torch.load(path, map_location="cpu", weights_only=True)["settings"]
-        if (trained["DATASET"], trained["IMAGE_SHAPE"]) != (source, shape):
-            raise ValueError(f"it was trained on {trained['DATASET']}, {trained['IMAGE_SHAPE']}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        trained, total = state["settings"], math.ceil(state["settings"]["EPOCHS"] * count)
+        if trained["IMAGES"] != settings["IMAGES"]:
+            raise ValueError(f"its images are {trained['IMAGES']}, not {settings['IMAGES']}")
         if DDIM.load(path).T < DDIM_STEPS:
             raise ValueError(f"it has T = {trained['T']}, less than DDIM_STEPS")
     except FileNotFoundError:
@@ -977,7 +1026,8 @@ def use_02(path, source, shape):
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         print(f"Training from scratch, because {path} does not fit: {reason}.")
         return False
-    print(f"Using the network in {path}. To train another one, change OUT_DIR_02.")
+    print(f"Using the network in {path}, trained on {state['seen']:,} of {total:,} images.")
+    print("To train another one, change OUT_DIR_02.")
     return True
 
 
@@ -987,14 +1037,14 @@ if __name__ == "__main__":
     device = pick_device() if world == 1 or ON_GPU else torch.device("cpu")
     if rank > 0:
         dist.barrier()  # the first process downloads; then the others find the files
-    images, _, _, source = load_dataset(DATASET, DATA_DIR, IMAGE_SIZE)
+    images, _, names, source = load_dataset(DATASET, DATA_DIR, IMAGE_SIZE)
     if rank == 0 and world > 1:
         dist.barrier()
     count, *shape = images.shape
-    settings |= {"DATASET": source, "IMAGE_SHAPE": tuple(shape)}
+    settings |= {"DATASET": source, "IMAGES": fingerprint(images), "IMAGE_SHAPE": tuple(shape)}
     path, note = out_dir / "checkpoint.pt", f"{source}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
     path_02 = Path(OUT_DIR_02).expanduser() / "checkpoint.pt"
-    of_02 = not path.exists() and use_02(path_02, source, tuple(shape))  # NEW in 04
+    of_02 = not path.exists() and use_02(path_02, settings, count)  # NEW in 04
     if of_02:
         path, note = path_02, f"{source}, the network of 02, SEED = {SEED}"
 
@@ -1005,7 +1055,8 @@ if __name__ == "__main__":
     model, images = ddim.model, images.to(device)
     size = sum(weight.numel() for weight in model.parameters())
     if not of_02:
-        print(f"{count:,} images of {source}, {size:,} parameters, on {device}")
+        print(f"{count:,} images of {source}; {len(names)} classes: {', '.join(names[:10])}")
+        print(f"{size:,} parameters, on {device}")
     if COMPILE:
         model.compile()
     if world > 1:  # equal weights everywhere, and the mean of all processes' gradients

@@ -1,12 +1,17 @@
 """utils/visualize.py: the drawn digits and the figures; also those of tests/figures.py."""
 
 import os
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import DDPMScheduler
 from figures import bars, quality_by_steps, trade_off
 from PIL import Image
@@ -209,7 +214,7 @@ def test_grey_images_stay_grey_in_the_animation(tmp_path):
         assert caption.max() > 150, "the note stands below the images"
 
 
-def test_a_failed_save_leaves_the_old_picture(tmp_path, monkeypatch):
+def test_a_failed_save_costs_a_line_and_leaves_the_old_picture(tmp_path, monkeypatch, capsys):
     path = visualize.sample_grid(torch.zeros(4, 1, 8, 8), tmp_path / "grid.png")
     before = path.read_bytes()
 
@@ -219,8 +224,9 @@ def test_a_failed_save_leaves_the_old_picture(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(visualize.Figure, "savefig", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        visualize.sample_grid(torch.ones(4, 1, 8, 8), path)
+    capsys.readouterr()
+    assert visualize.sample_grid(torch.ones(4, 1, 8, 8), path) == path, "the others can be written"
+    assert capsys.readouterr().out == f"{path} could not be written: No space left on device\n"
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["grid.png"]
 
@@ -233,6 +239,44 @@ def test_figures_appear_in_a_notebook(tmp_path, monkeypatch):
     png = visualize.sample_grid(torch.zeros(4, 1, 8, 8), tmp_path / "grid.png")
     gif = visualize.grid_gif(torch.zeros(3, 4, 1, 8, 8), tmp_path / "grid.gif")
     assert shown == [png.read_bytes(), gif.read_bytes()]
+    assert visualize.sample_grid(torch.zeros(4, 1, 8, 8), tmp_path / "grid.pdf").exists()
+    assert len(shown) == 2, "a notebook cannot show a PDF"
+
+
+def test_figures_do_not_depend_on_the_users_style(tmp_path, real_figures):
+    pictures = []
+    for style in {}, {"font.size": 30, "axes.facecolor": "black", "image.origin": "lower"}:
+        with matplotlib.rc_context(style):
+            path = visualize.loss_curve([3.0, 2.0, 1.0], tmp_path / "loss.png", "Loss", "note")
+            pictures.append(path.read_bytes())
+    assert pictures[0] == pictures[1]
+
+
+def test_names_of_any_kind_are_shown_as_they_are(monkeypatch, real_figures):
+    """As wide as needed; a number before letters that no font has."""
+    drawn = {}
+    monkeypatch.setattr(visualize, "_save", lambda fig, path: drawn.update(fig=fig))
+    names = ["cost $5", "$x_t$", "\U000f0000", "a name that is much wider than its image", "b"]
+    visualize.image_table({"row": torch.zeros(5, 1, 8, 8)}, "x.png", names, "Title " * 30)
+    fig = drawn["fig"]
+    fig.canvas.draw()
+    labels = [label for label in fig.axes[0].get_xticklabels() if label.get_text()]
+    shown = [label.get_text().replace("\\$", "$") for label in labels]
+    assert shown == [*names[:2], "2: \U000f0000", *names[3:]]
+    boxes = [label.get_window_extent() for label in [*labels, fig._suptitle]]
+    assert all(a.x1 < b.x0 for a, b in pairwise(boxes[:-1])), "names do not overlap"
+    assert boxes[-1].x0 > 0 and boxes[-1].x1 < fig.bbox.width, "the title fits"
+
+
+def test_a_console_that_cannot_show_a_letter_and_none_at_all():
+    program = (
+        "import sys, utils.visualize\nprint('\u52d5\u7269 caf\u00e9')\nprint(1, file=sys.stderr)"
+    )
+    for start, expected in ("", b"?? caf\xe9"), ("import sys; sys.stderr = None\n", b"?? caf\xe9"):
+        environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+        command = [sys.executable, "-c", start + program]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+        assert done.returncode == 0 and done.stdout.strip() == expected, done.stderr
 
 
 def test_the_program_takes_mnist_if_it_is_there_and_intact(project):
@@ -280,7 +324,7 @@ IMAGES, ALPHAS_CUMPROD = torch.zeros(3, 3, 8, 8), torch.linspace(0.99, 0.01, 50)
         (visualize.latent_pictures, lambda v: (IMAGES, torch.full((4, 3, 2, 2), v))),
         (visualize.latent_scaling, lambda v: (torch.linspace(-3, 3, 99), v, ALPHAS_CUMPROD)),
         (trade_off, lambda v: (scores(v),)),
-        (bars, lambda v: ({"a": 3.0, "b": v},)),
+        (bars, lambda v: ({"a": [3.0, 2.0], "b": [v]},)),
         (quality_by_steps, lambda v: ({"a": {10: 3.0, 50: v}}, ("DDPM", 0.1))),
     ],
     ids=lambda value: value.__name__,

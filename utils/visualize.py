@@ -21,15 +21,19 @@ Papers
 import math
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import suppress
+from functools import cache
 from numbers import Integral
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import make_grid
@@ -53,6 +57,11 @@ __all__ = [
     "table",
     "timestep_losses",
 ]
+
+# A console that cannot show a letter shows "?"; a program without a console has nowhere to print.
+if hasattr(sys.stdout, "reconfigure"):
+    sys.stdout.reconfigure(errors="replace")
+sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 # From Okabe and Ito's palette, made for colour-blind readers.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
@@ -131,6 +140,7 @@ def draw_digits(n=20_000, seed=0):
 # %% 2. One look for every figure
 
 STYLE = {
+    **matplotlib.rcParamsDefault,  # figures do not depend on the user's own style
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.spines.top": False,
@@ -147,6 +157,8 @@ STYLE = {
 
 def _figure(width, height, title, note=""):
     """An empty figure (inches) with a title and, in small grey letters below, what was run."""
+    title, note = _drawable([title, note])
+    width = max(width, 0.1 * _letters(title) + 0.3, 0.065 * _letters(note) + 0.3)
     fig = Figure(figsize=(width, height))
     fig.suptitle(title, fontsize=13)
     if note:
@@ -154,16 +166,50 @@ def _figure(width, height, title, note=""):
     return fig
 
 
-@contextmanager
-def _atomically(path):
-    """Give a temporary file to write to; it becomes `path` once the writing has gone well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _letters(text):
+    """How wide text is, in letters: Chinese ones and emoji are twice as wide as Latin ones."""
+    return sum(1 + (east_asian_width(letter) in "WF") for letter in text)
+
+
+@cache
+def _charmap(file):
+    return FT2Font(file).get_charmap().keys()
+
+
+def _drawable(names):
+    """Return names as matplotlib should draw them, and use a font that has their letters.
+
+    `$` does not begin a formula. If no font here has all letters of a name, a number precedes it.
+    """
+    missing = {ord(letter) for letter in "".join(names)} - _charmap(findfont("DejaVu Sans"))
+    families = ["DejaVu Sans"]
+    for font in fontManager.ttflist if missing else ():
+        if font.name[:11] != "Last Resort" and missing & _charmap(font.fname):  # it has boxes only
+            families.append(font.name)
+            missing -= _charmap(font.fname)
+    matplotlib.rcParams["font.family"] = families  # until the figure is drawn: see rc_context
+    unknown = [bool(missing & {*map(ord, name)}) for name in names]
+    numbered = [f"{i}: {name}" if no else name for i, (no, name) in enumerate(zip(unknown, names))]
+    return [name.replace("$", "\\$") for name in numbered]
+
+
+def _write(path, write):
+    """Call write with a temporary file, which becomes `path` once the writing has gone well.
+
+    A picture that cannot be written costs a line, not the training before or the pictures after it.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield partial
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
         os.replace(partial, path)
+        _show_in_notebook(path)
+    except OSError as error:
+        print(f"{path} could not be written: {error}")
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return path
 
 
 def _save(fig, path):
@@ -172,17 +218,14 @@ def _save(fig, path):
     The path's suffix says in which format; without one it is PNG.
     """
     path = Path(path).expanduser()
-    with _atomically(path) as partial:
-        fig.savefig(partial, format=path.suffix[1:] or "png")
-    _show_in_notebook(path)
-    return path
+    return _write(path, lambda file: fig.savefig(file, format=path.suffix[1:] or "png"))
 
 
 def _show_in_notebook(path):
     """Display a picture below the running cell; do nothing outside a notebook."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
-    if shell is not None and hasattr(shell, "kernel"):
+    if hasattr(shell, "kernel") and path.suffix in (".png", ".gif", ".jpg", ".jpeg"):
         ipython.display.display(ipython.display.Image(filename=path))
 
 
@@ -255,11 +298,11 @@ def image_table(rows, path, column_names=(), title="", note=""):
     lengths = {len(images) for images in rows.values()} | {len(column_names) or None} - {None}
     if len(lengths) != 1:
         raise ValueError(f"rows and column names differ in length: {sorted(lengths)}")
-    columns, longest = lengths.pop(), max(map(len, rows))
+    columns, longest = lengths.pop(), max(map(_letters, rows))
     images = torch.cat([images.cpu() for images in rows.values()])
-    side = _inches(images)
+    side = max(_inches(images), 0.08 * max(map(_letters, column_names), default=0) + 0.1)
     fig = _figure(side * columns + 0.6 + 0.1 * longest, side * len(rows) + 1.1, title, note)
-    _show_tiles(fig.subplots(), images, columns, column_names, list(rows))
+    _show_tiles(fig.subplots(), images, columns, _drawable(column_names), _drawable(rows))
     return _save(fig, path)
 
 
@@ -326,10 +369,7 @@ def _save_gif(pictures, path, durations, note, colours):
         frames.append(frame.quantize(colours, dither=Image.Dither.NONE))
     options = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": durations}
     path = Path(path).expanduser()
-    with _atomically(path) as partial:
-        frames[0].save(partial, "GIF", **options)
-    _show_in_notebook(path)
-    return path
+    return _write(path, lambda file: frames[0].save(file, "GIF", **options))
 
 
 @matplotlib.rc_context(STYLE)
