@@ -15,7 +15,8 @@ def test_from_start_to_pictures_and_again(project, trained, real_figures):
     project.prepare(SCRIPT, PREVIEW_EVERY=EACH_STEP)
     done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"43 images of MNIST, [\d,]+ parameters, on ", done.stdout)
+    assert "43 images of MNIST; 10 classes: 0, 1, 2, 3" in done.stdout
+    assert re.search(r"[\d,]+ parameters, on ", done.stdout)
     assert "outputs/02_ddpm" in done.stdout.replace("\\", "/"), "it says where the files are"
     assert re.search(r"Training: 100%.* 43/43 .*images/s", done.stderr)
     previews = ["samples_step_000001.png", "samples_step_000002.png"]

@@ -1,7 +1,6 @@
 """04_ddim_fast_sampling.py as a person meets it; what it shares with 02 is tested there."""
 
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -70,8 +69,7 @@ def test_the_network_of_02_is_used_whatever_it_looks_like(project, figures):
 
 
 HARMS = {
-    "another dataset": "ValueError: it was trained on MNIST, (1, 28, 28).",
-    "another size": "ValueError: it was trained on MNIST, (1, 28, 28).",
+    "other images": "ValueError: its images are 43 x 1 x 28 x 28, ",
     "more steps than it has": "ValueError: it has T = 5, less than DDIM_STEPS.",
     "damage": "",
     "another program": "KeyError: 'settings'",
@@ -81,25 +79,26 @@ HARMS = {
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_network_of_02_that_does_not_fit_is_left_alone(trained, tmp_path, capsys, harm):
     script, path = load(SCRIPT), tmp_path / "checkpoint.pt"
-    shutil.copy(trained.folder_of(SCRIPT_02) / "checkpoint.pt", path)
-    script.DDIM_STEPS = 5
-    assert script.use_02(path, "MNIST", (1, 28, 28))
-    assert capsys.readouterr().out.startswith(f"Using the network in {path}. ")
-    source = "FashionMNIST" if harm == "another dataset" else "MNIST"
-    shape = (1, 32, 32) if harm == "another size" else (1, 28, 28)
+    state = trained.state(SCRIPT_02)
+    torch.save(state | {"seen": 40}, path)  # interrupted
+    script.DDIM_STEPS, images = 5, state["settings"]["IMAGES"]
+    assert script.use_02(path, {"IMAGES": images}, 43)
+    used = f"Using the network in {path}, trained on 40 of 43 images.\n"
+    assert capsys.readouterr().out.startswith(used)
+    images = "44" + images[2:] if harm == "other images" else images
     script.DDIM_STEPS += harm == "more steps than it has"
     if harm == "damage":
         path.write_bytes(path.read_bytes()[:-200])
     elif harm == "another program":
         torch.save({"of": "another program"}, path)
     before = path.read_bytes()
-    assert not script.use_02(path, source, shape)
+    assert not script.use_02(path, {"IMAGES": images}, 43)
     out = capsys.readouterr().out
     assert out.startswith(f"Training from scratch, because {path} does not fit: {HARMS[harm]}")
     assert out.count("\n") == 1, "one line"
     assert path.read_bytes() == before
     path.unlink()
-    assert not script.use_02(path, source, shape) and capsys.readouterr().out == ""
+    assert not script.use_02(path, {"IMAGES": images}, 43) and capsys.readouterr().out == ""
 
 
 def test_without_a_network_of_02_it_trains_once(project, figures):

@@ -110,34 +110,3 @@ def test_05_neither_reads_nor_writes_vae_pt_once_stage_2_has_begun(trained, tmp_
     assert (folder / "vae.pt").read_bytes() == b"damaged"
     for name in "checkpoint.pt", "autoencoder.png", "samples.png":
         assert (folder / name).read_bytes() == (before / name).read_bytes()
-
-
-def test_04_tells_what_it_can_use(trained, tmp_path, capsys):
-    module = load(trained.folder / "04_ddim_fast_sampling.py")
-    shape, bad = (1, 28, 28), tmp_path / "checkpoint.pt"
-    for script in "04_ddim_fast_sampling.py", "02_ddpm.py":
-        path = trained.folder_of(script) / "checkpoint.pt"
-        assert module.use_02(path, "MNIST", shape)
-        assert capsys.readouterr().out.startswith(f"Using the network in {path}. ")
-    assert not module.use_02(bad, "MNIST", shape)
-    assert capsys.readouterr().out == "", "no reason to say anything"
-
-    def reason(path, *source):
-        assert not module.use_02(path, *source)
-        said = capsys.readouterr().out
-        start = f"Training from scratch, because {path} does not fit: "
-        assert said.startswith(start) and said.count("\n") == 1
-        return said.removeprefix(start)
-
-    trained_on = r"ValueError: it was trained on .*MNIST.*28, 28\)+\.\n"
-    for others in ("FashionMNIST", shape), ("MNIST", (1, 32, 32)):
-        assert re.fullmatch(trained_on, reason(path, *others))
-    others = "03_conditional_ddpm/checkpoint.pt", "02_ddpm/checkpoint.pt, half"
-    contents = [bad_contents(trained, kind) for kind in ("malicious", "weights only", *others)]
-    for content in b"", b"hello", *contents:
-        bad.write_bytes(content)
-        with inside(tmp_path):
-            assert len(reason(bad, "MNIST", shape)) > 8, f"why {content[:9]} ... does not fit"
-    assert not (tmp_path / "executed").exists()
-    module.DDIM_STEPS = 6
-    assert reason(path, "MNIST", shape) == "ValueError: it has T = 5, less than DDIM_STEPS.\n"

@@ -139,7 +139,7 @@ def test_a_tilde_is_the_home_folder(project, tmp_path, monkeypatch, figures):
     monkeypatch.setattr(visualize, "save_results", lambda *_: sys.exit(0))  # that is enough
     done = project.run_here(of_04)
     assert done.returncode == 0 and (home / "c").is_dir(), done.stderr
-    assert f"Using the network in {home / 'a' / 'b' / 'checkpoint.pt'}." in done.stdout
+    assert f"Using the network in {home / 'a' / 'b' / 'checkpoint.pt'}, " in done.stdout
     assert not any((project.folder / name).exists() for name in ("data", "outputs", "~"))
 
 
