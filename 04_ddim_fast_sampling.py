@@ -679,20 +679,26 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            updates = {}  # by shape: equal ones are computed together, in fewer operations
             for weight in group["params"]:
                 state = self.state[weight]
                 if not state:
                     state["average"] = torch.zeros_like(weight)
                 average = state["average"].lerp_(weight.grad, 0.05)
                 u = weight.grad.lerp(average, 0.95).flatten(1)  # Nesterov; (out, in · kernel)
-                u = u / (u.norm() + 1e-7)  # now all singular values σ are at most 1
+                updates.setdefault(u.shape, []).append((weight, u))
+            for (rows, columns), pairs in updates.items():
+                u = torch.stack([u for _, u in pairs])  # (count, out, in · kernel)
+                u /= u.norm(dim=(1, 2), keepdim=True) + 1e-7  # all singular values σ: at most 1
                 # Newton–Schulz steps with Jordan's coefficients bring them all close to 1:
                 for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
-                    gram = u @ u.T
-                    u = 3.4445 * u + (2.0315 * gram @ gram - 4.7750 * gram) @ u
+                    gram = u @ u.mT
+                    gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+                    u = torch.baddbmm(u, gram, u, beta=3.4445)
                 # Jordan's factor for matrices with more rows than columns
-                step_size = group["lr"] * max(1, u.shape[0] / u.shape[1]) ** 0.5
-                weight.sub_(step_size * u.view_as(weight))
+                u *= group["lr"] * max(1, rows / columns) ** 0.5
+                for (weight, _), update in zip(pairs, u):
+                    weight.sub_(update.view_as(weight))
 
 
 def split_weights(model):
@@ -718,9 +724,8 @@ def update_average(averaged, model, step, ema_decay):
     weights, so decay is smaller, and the average covers only a ninth of the steps so far.
     """
     decay = min(ema_decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        for average, weight in zip(averaged.parameters(), model.parameters()):
-            average.lerp_(weight, 1 - decay)
+    update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)  # of all weights together
+    update([*averaged.parameters()], [*model.parameters()], None)
 
 
 # The rest of this section is what every long training run needs, not only diffusion: skim it.
