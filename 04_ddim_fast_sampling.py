@@ -278,11 +278,21 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def group_norm(ch):
-    """Return a GroupNorm for ch channels, in groups of at least 8."""
-    # It normalises each image by itself; BatchNorm would average over images with different t. In
-    # groups of one or two channels, each channel would lose its mean, and the image its brightness.
-    return nn.GroupNorm(math.gcd(ch, max(1, ch // 8)), ch)  # gcd: the groups must divide ch
+class GroupNorm(nn.GroupNorm):
+    """Normalise ch channels in groups of at least 8, each image by itself.
+
+    BatchNorm would average over images with different t. In groups of one or two channels, each
+    channel would lose its mean, and the image its brightness. With 16 bits, PyTorch would return
+    float32, which takes twice the memory; only the sums inside need it.
+    """
+
+    def __init__(self, ch):
+        super().__init__(math.gcd(ch, max(1, ch // 8)), ch)  # gcd: the groups must divide ch
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 def zero_init(layer):
@@ -305,7 +315,7 @@ class Attention(nn.Module):
         super().__init__()
         # About 64 channels for each head (arXiv:2105.05233); fewer than 128 channels have one head.
         self.heads = math.gcd(ch, max(1, ch // 64))  # gcd: the heads must divide ch
-        self.norm, self.qkv = group_norm(ch), nn.Conv2d(ch, 3 * ch, 1)
+        self.norm, self.qkv = GroupNorm(ch), nn.Conv2d(ch, 3 * ch, 1)
         self.out = zero_init(nn.Conv2d(ch, ch, 1))
 
     def forward(self, x):
@@ -325,9 +335,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_ch, out_ch, time_dim, dropout, attention=False):
         super().__init__()
-        self.norm_1, self.conv_1 = group_norm(in_ch), nn.Conv2d(in_ch, out_ch, 3, padding=1)
+        self.norm_1, self.conv_1 = GroupNorm(in_ch), nn.Conv2d(in_ch, out_ch, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * out_ch)
-        self.norm_2, self.dropout = group_norm(out_ch), nn.Dropout(dropout)
+        self.norm_2, self.dropout = GroupNorm(out_ch), nn.Dropout(dropout)
         self.conv_2 = zero_init(nn.Conv2d(out_ch, out_ch, 3, padding=1))
         self.shortcut = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
         self.attention = Attention(out_ch) if attention else nn.Identity()
@@ -382,7 +392,7 @@ class UNet(nn.Module):
         for level in reversed(range(len(ch) - 1)):
             self.grow.append(nn.Conv2d(ch[level + 1], ch[level], 1))
             self.up.append(blocks(level, 2 * ch[level]))  # 2: the skip is concatenated
-        self.norm_out = group_norm(ch[0])
+        self.norm_out = GroupNorm(ch[0])
         self.conv_out = zero_init(nn.Conv2d(ch[0], channels, 3, padding=1))
 
     def forward(self, x_t, t):

@@ -140,9 +140,20 @@ def test_dropout_is_on_in_training_and_off_in_evaluation():
 
 def test_group_norm_divides_any_width():
     for ch in (1, 3, 8, 12, 20, 64):
-        groups = script.group_norm(ch).num_groups
+        groups = script.GroupNorm(ch).num_groups
         assert ch % groups == 0 and (groups == 1 or ch / groups >= 8), "as in its docstring"
-    assert script.group_norm(64).num_groups == 8
+    assert script.GroupNorm(64).num_groups == 8
+
+
+def test_group_norm_keeps_16_bits_and_is_pytorchs():
+    norm, x = script.GroupNorm(16), torch.randn(2, 16, 4, 4)
+    torch.nn.init.normal_(norm.weight)
+    expected = torch.nn.functional.group_norm(x, 2, norm.weight, norm.bias, norm.eps)
+    assert torch.equal(norm(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = norm(x.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    assert torch.allclose(rounded.float(), expected, atol=0.05)
 
 
 def test_lower_precision_changes_little_and_answers_in_float32():
