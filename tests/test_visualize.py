@@ -1,5 +1,6 @@
 """utils/visualize.py: the drawn digits and the figures; also those of tests/figures.py."""
 
+import math
 import os
 import subprocess
 import sys
@@ -351,3 +352,35 @@ def test_guidance_vectors_are_at_their_place_in_the_plane(figures, difference):
     visualize.guidance_vectors(guided(difference), Path("a.png"))
     tips = [tuple(line.get_xydata()[0]) for line in figures["a.png"].axes[0].lines]
     assert np.allclose(tips, [(1, 0), (1, difference), (1, 2 * difference)])
+
+
+def test_the_reverse_process_ends_where_the_figure_says(tmp_path, real_figures):
+    """Given an ideal denoiser: 200 steps cover the data, without fresh noise they collapse."""
+    points, alphas_cumprod = visualize._spiral(400), visualize._linear_alphas_cumprod()
+    assert points.std() == pytest.approx(1, abs=1e-3)
+    noise = torch.randn(300, 2, generator=torch.Generator().manual_seed(2))
+
+    def ends(steps, fresh_noise=True):
+        stages = visualize._denoise(noise, steps, points, alphas_cumprod, fresh_noise)
+        assert len(stages) == steps + 1 and torch.equal(stages[0], noise)
+        distance = torch.cdist(stages[-1], points).min(1).values
+        return stages[-1].std(), (distance < 0.1).double().mean()
+
+    spread, near = ends(200)
+    assert spread == pytest.approx(1, abs=0.05) and near > 0.97
+    assert ends(200, fresh_noise=False)[0] < 0.2
+    assert ends(5)[1] < 0.7 < ends(20)[1]
+    png, gif = visualize.reverse_process(tmp_path / "reverse.png", n=300)
+    assert pixels(png).std() > 5 and gif.stat().st_size < 300_000
+    with Image.open(gif) as animation:
+        assert animation.n_frames > 40
+
+
+def test_the_ideal_x_0_of_points_is_the_mean_of_the_posterior():
+    points, x_t = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.tensor([[0.3, 5.0]])
+    alpha_bar_t = torch.tensor(0.64)
+    # Two points: the log of the odds is 2 · √ᾱ · x / (1 − ᾱ), and the mean its tanh of half.
+    expected = math.tanh(0.8 * 0.3 / 0.36)
+    assert torch.allclose(
+        visualize._ideal_x_0(x_t, alpha_bar_t, points), torch.tensor([[expected, 0.0]])
+    )

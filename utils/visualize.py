@@ -3,9 +3,10 @@
     python utils/visualize.py
 
 This command needs no training. It takes MNIST digits if `data/` has them, rendered ones otherwise,
-and leaves two figures in `outputs/visualize/`: how noise takes over an image
-(`forward_process.png`), and how the linear noise schedule of DDPM differs from the cosine schedule
-of Improved DDPM (`schedules.png`).
+and leaves these figures in `outputs/visualize/`: how noise takes over an image
+(`forward_process.png`), how the linear noise schedule of DDPM differs from the cosine schedule of
+Improved DDPM (`schedules.png`), and how noise becomes data, for points in the plane, whose best
+possible denoiser is known (`reverse_process.png`, and as an animation `reverse_process.gif`).
 
 Nothing here is needed to understand diffusion: the algorithms are in the scripts, this file draws.
 Images are float tensors in [-1, 1] of shape (B, C, H, W), C = 1 or 3. Every figure is written to a
@@ -23,6 +24,7 @@ import os
 import sys
 from contextlib import suppress
 from functools import cache
+from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
 from unicodedata import east_asian_width
@@ -51,6 +53,7 @@ __all__ = [
     "latent_scaling",
     "loss_curve",
     "reconstruction_errors",
+    "reverse_process",
     "sample_grid",
     "save_results",
     "schedule_comparison",
@@ -612,7 +615,100 @@ def schedule_comparison(x_0, path, T=1000, note="", seed=0):
     return _save(fig, path)
 
 
-# %% 5. Run
+# %% 5. The reverse process, with an ideal network
+
+
+def _spiral(n):
+    """Return n points on a spiral, (n, 2), with variance 1: they take the place of images."""
+    generator = torch.Generator().manual_seed(0)
+    angle = 4 * math.pi * torch.rand(n, generator=generator).sqrt()
+    points = torch.stack([angle.cos(), angle.sin()], dim=1) * angle[:, None]
+    points = points + 0.2 * torch.randn(n, 2, generator=generator)
+    return (points - points.mean(0)) / points.std()
+
+
+def _ideal_x_0(x_t, alpha_bar_t, points):
+    """Return the best possible x̂_0 of x_t (B, 2), if x_0 is one of points (N, 2).
+
+    The squared error is smallest for the mean of all points, each weighted by the probability that
+    x_t came from it (Karras et al. 2022, arXiv:2206.00364, Eq. 57). A network learns this mean from
+    examples; for points in the plane, it can be computed.
+    """
+    distance = torch.cdist(x_t, alpha_bar_t.sqrt() * points)
+    return (-distance.square() / (2 * (1 - alpha_bar_t))).softmax(dim=1) @ points
+
+
+def _denoise(x_t, steps, points, alphas_cumprod, fresh_noise=True):
+    """Return all stages of x_t (B, 2) on its way from pure noise to clean points."""
+    generator = torch.Generator().manual_seed(1)
+    alpha_bars = torch.cat([torch.ones(1), alphas_cumprod.float()])  # [0]: clean
+    timesteps = torch.linspace(len(alphas_cumprod), 0, steps + 1).round().long()
+    stages = [x_t]
+    for alpha_bar_t, alpha_bar_prev in pairwise(alpha_bars[timesteps]):
+        alpha_t, share = alpha_bar_t / alpha_bar_prev, (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+        # DDPM Eq. 7:  x_{t−1} = √ᾱ_{t−1}·β_t/(1−ᾱ_t) · x̂_0 + √α_t·share · x_t + √(share·β_t) · z,
+        # share = (1−ᾱ_{t−1}) / (1−ᾱ_t), as in 02
+        x_0_pred = _ideal_x_0(x_t, alpha_bar_t, points)
+        noise = (share * (1 - alpha_t)).sqrt() * torch.randn(x_t.shape, generator=generator)
+        weight_x_0 = alpha_bar_prev.sqrt() * (1 - alpha_t) / (1 - alpha_bar_t)
+        x_t = weight_x_0 * x_0_pred + alpha_t.sqrt() * share * x_t + fresh_noise * noise
+        stages.append(x_t)
+    return stages
+
+
+BELOW = {  # what to see in the panels of `reverse_process`
+    20: "Each arrow leads from an x_t to x̂_0, the mean\nof all points that it may come from.\n"
+    "Little noise: the arrows are short and sure.",
+    150: "More noise: longer arrows.\nMost of them still end on the spiral.",
+    350: "An x_t may come from several arms,\nand their mean lies between them.",
+    600: "Nearly all points are possible:\nx̂_0 only says roughly where.",
+    999: "Pure noise: x̂_0 is the mean of all points.\nOne jump would end there. So the sampler\n"
+    "moves a little and predicts again.",
+    "three paths": "From noise (blue) to the spiral: at first\nfresh noise decides, at last x̂_0.",
+    "200 steps": "1,000 samples cover the whole spiral.",
+    "without fresh noise": "200 steps that only move towards x̂_0:\nall samples end in one place.",
+    "20 steps": "Nearly all samples reach the spiral,\nbut some are left between its arms.",
+    "5 steps": "Each step is far too long: x̂_0 would\nhave changed on the way.",
+}
+
+
+@matplotlib.rc_context({**STYLE, "axes.labelsize": 8})
+def reverse_process(path, n=1000):
+    """Save how noise becomes a spiral of points, without training, and an animation beside it."""
+    points, alphas_cumprod = _spiral(n), _linear_alphas_cumprod()
+    noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(2))
+    fig = _figure(13, 6.8, "The reverse process: how pure noise becomes data, here a spiral")
+    axes = fig.subplots(2, 5).flat
+    for ax, (title, text) in zip(axes, BELOW.items()):
+        ax.set(xlim=(-3.4, 3.4), ylim=(-3.4, 3.4), xticks=[], yticks=[], aspect="equal")
+        ax.set(title=f"t = {title}" if isinstance(title, int) else title, xlabel=text)
+    for ax, t in zip(axes[:5], BELOW):
+        alpha_bar_t = alphas_cumprod[t].float()
+        x_t = alpha_bar_t.sqrt() * points + (1 - alpha_bar_t).sqrt() * noise  # DDPM Eq. 4
+        arrows = _ideal_x_0(x_t[:30], alpha_bar_t, points) - x_t[:30]
+        ax.plot(*x_t.T, ".", color=GREY, markersize=2)
+        options = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.007}
+        ax.quiver(*x_t[:30].T, *arrows.T, color=ORANGE, **options)
+    many, some, few = (_denoise(noise, steps, points, alphas_cumprod) for steps in (200, 20, 5))
+    still = _denoise(noise, 200, points, alphas_cumprod, fresh_noise=False)
+    for way in torch.stack(many)[:, :3].unbind(1):
+        axes[5].plot(*way.T, color=ORANGE, linewidth=0.7)
+    for ax, shown, size in zip(
+        axes[5:], (noise[:3], many[-1], still[-1], some[-1], few[-1]), "52222"
+    ):
+        ax.plot(*points.T, ".", color=GREY, markersize=1, zorder=0)
+        ax.plot(*shown.T, ".", color=BLUE, markersize=int(size) + 1)
+    pictures = []
+    for stage in [*many[::4], many[-1]]:
+        column, row = (120 + 35 * stage.T).round().long().clamp(0, 239).numpy()
+        pictures.append(np.full((240, 240, 3), 30, dtype=np.uint8))
+        pictures[-1][239 - row, column] = 230
+    durations = [80] * (len(pictures) - 1) + [2000]
+    gif = _save_gif(pictures, Path(path).with_suffix(".gif"), durations, "", colours=2)
+    return _save(fig, path), gif
+
+
+# %% 6. Run
 
 
 def _some_digits(data_dir):
@@ -643,5 +739,6 @@ if __name__ == "__main__":
             note=f"{note}, linear schedule",
         ),
         schedule_comparison(digits[3], folder / "schedules.png", note=note),
+        *reverse_process(folder / "reverse_process.png"),
     ):
         print(f"Saved {saved}")
