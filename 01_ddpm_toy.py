@@ -19,8 +19,7 @@ x_t, x_prev       x_t, x_{t-1}  (B, C, H, W)   noisy images at step t, at the st
 noise             ε             (B, C, H, W)   Gaussian noise, mean 0, variance 1
 noise_pred        ε_θ(x_t, t)   (B, C, H, W)   the network's prediction of it (θ: its weights)
 t                 t             (B,)           0 ... T-1 (paper: 1 ... T); t = 0: after one step
-betas             β             (T,)           variance of the noise that a step adds
-alphas            α = 1 - β     (T,)           share of the image's variance that a step keeps
+betas, alphas     β, α = 1 - β  (T,)           variance that a step adds, share that it keeps
 alphas_cumprod    ᾱ             (T,)           product of the alphas: the share left at step t
 """
 
@@ -38,7 +37,7 @@ import torchvision
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from utils.visualize import draw_digits, save_results
+from utils.visualize import draw_digits, save_results, training_task
 
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", or "DRAWN": digits rendered from fonts
 T = 1000  # noise steps, at least 50; with fewer, sampling is faster and the images are worse
@@ -133,8 +132,7 @@ class SimpleUNet(nn.Module):
         self.down_14 = nn.Conv2d(ch_28, ch_14, 3, stride=2, padding=1)
         self.block_14 = SimpleBlock(ch_14, ch_14, dim)
         self.down_7 = nn.Conv2d(ch_14, ch_7, 3, stride=2, padding=1)
-        self.block_7a = SimpleBlock(ch_7, ch_7, dim)
-        self.block_7b = SimpleBlock(ch_7, ch_7, dim)
+        self.block_7a, self.block_7b = (SimpleBlock(ch_7, ch_7, dim) for _ in "ab")
         self.up_14 = nn.Conv2d(ch_7, ch_14, 1)
         self.block_up_14 = SimpleBlock(2 * ch_14, ch_14, dim)
         self.up_28 = nn.Conv2d(ch_14, ch_28, 1)
@@ -181,17 +179,18 @@ class SimpleDDPM:
         """Step back from x_t (B, C, H, W) at t, an int: return x_prev, and x_0_pred to look at."""
         noise_pred = self.model(x_t, torch.full((len(x_t),), t, device=self.device))
         beta_t, alpha_t, alpha_bar_t = self.betas[t], self.alphas[t], self.alphas_cumprod[t]
-        # Why is the noise enough? Eq. 4, solved for x_0, turns predicted noise into an image,
-        # DDPM Eq. 15:  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  The squared error makes x̂_0 the
-        # mean of all x_0 that x_t may come from: a blur (with specks, where 1/√ᾱ_t magnifies
-        # errors). So we take a small step, right if x_0 = x̂_0 (Eq. 7 to 11), and predict again.
-        x_0_pred = ((x_t - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()).clamp(-1, 1)
-        # (02 puts the clamped x̂_0 into Eq. 7, which stops errors, with σ_t² = β̃_t: section 3.2.)
-        # DDPM Alg. 2, line 4:  x_{t−1} = 1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ) + σ_t · z,  σ_t² = β_t
+        # Guess the image, move a little towards it, put back the uncertainty. DDPM Eq. 4 solved for
+        # x_0 (Eq. 15):  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  The squared error makes x̂_0 the mean
+        # of all x_0 that x_t may come from, a blur. So we stop at x_{t−1}: two Gaussians describe
+        # it, x_t/√α_t of variance β_t/α_t (Eq. 2), √ᾱ_{t−1} · x̂_0 of variance 1−ᾱ_{t−1} (Eq. 4).
+        # Their product is a Gaussian whose mean weighs both by 1 / variance (Eq. 7). With x̂_0 as
+        # above, that is DDPM Alg. 2, line 4:  1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ) + σ_t · z,  where
+        # σ_t² = β_t. At t = 500, 1 % of the noise goes, and 1/√α_t undoes the fading by 0.5 %.
         x_prev = (x_t - beta_t / (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_t.sqrt()
         if t > 0:  # line 3: not in the last step. Why z? Many x_{t−1} fit x_t; this draws one.
             x_prev = x_prev + beta_t.sqrt() * torch.randn_like(x_t)
-        return x_prev, x_0_pred
+        x_0_pred = (x_t - (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_bar_t.sqrt()
+        return x_prev, x_0_pred.clamp(-1, 1)
 
     @torch.no_grad()
     def sample(self, n=16, frames=None):
@@ -248,3 +247,4 @@ if __name__ == "__main__":
     samples = ddpm.sample(n=36, frames=frames)
     note = f"{source}, SEED = {SEED}, {len(losses)} training steps, T = {T}, BASE_CH = {BASE_CH}"
     save_results(out_dir, samples, frames, losses, note)
+    training_task(ddpm, images[:2], out_dir / "task.png", note=note)

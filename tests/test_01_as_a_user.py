@@ -11,7 +11,7 @@ from utils import visualize
 from utils.visualize import draw_digits, save_results
 
 SCRIPT = "01_ddpm_toy.py"
-FILES = [*PICTURES, "weights.pt"]
+FILES = [*PICTURES, "task.png", "weights.pt"]
 
 
 @pytest.fixture

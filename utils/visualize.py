@@ -59,6 +59,7 @@ __all__ = [
     "schedule_comparison",
     "table",
     "timestep_losses",
+    "training_task",
 ]
 
 # A console that cannot show a letter shows "?"; a program without a console has nowhere to print.
@@ -307,6 +308,30 @@ def image_table(rows, path, column_names=(), title="", note=""):
     fig = _figure(side * columns + 0.6 + 0.1 * longest, side * len(rows) + 1.1, title, note)
     _show_tiles(fig.subplots(), images, columns, _drawable(column_names), _drawable(rows))
     return _save(fig, path)
+
+
+@torch.no_grad()
+def training_task(ddpm, images, path, title="What training asks of the network", note=""):
+    """Save images with noise, the noise that the network should predict, and what it predicts.
+
+    ddpm: has model(x_t, t), which predicts noise, and alphas_cumprod, float (T,). images: uint8
+    (B, C, H, W); each is shown at four t.
+    """
+    x_0 = images.to(ddpm.device).repeat_interleave(4, dim=0) / 127.5 - 1
+    t = (len(ddpm.alphas_cumprod) * torch.tensor([0.1, 0.3, 0.5, 0.7])).long().repeat(len(images))
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
+    alpha_bar_t = ddpm.alphas_cumprod[t].view(-1, 1, 1, 1)
+    signal, spread = alpha_bar_t.sqrt(), (1 - alpha_bar_t).sqrt()
+    x_t = signal * x_0 + spread * noise  # DDPM Eq. 4
+    noise_pred = ddpm.model(x_t, t.to(x_0.device))
+    rows = {
+        "an image: x_0": x_0,
+        "given: x_t, the same with noise": x_t,
+        "asked: the noise, ε": noise / 3,
+        "answered: ε_θ": noise_pred / 3,
+        "x_t without the answer: x̂_0": (x_t - spread * noise_pred) / signal,  # DDPM Eq. 15
+    }
+    return image_table(rows, path, [f"t = {step}" for step in t], title, note)
 
 
 @matplotlib.rc_context(STYLE)
@@ -624,7 +649,8 @@ def _spiral(n):
     angle = 4 * math.pi * torch.rand(n, generator=generator).sqrt()
     points = torch.stack([angle.cos(), angle.sin()], dim=1) * angle[:, None]
     points = points + 0.2 * torch.randn(n, 2, generator=generator)
-    return (points - points.mean(0)) / points.std()
+    points = points - points.mean(dim=0)
+    return points / points.std()
 
 
 def _ideal_x_0(x_t, alpha_bar_t, points):
