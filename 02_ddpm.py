@@ -3,12 +3,13 @@
     python 02_ddpm.py
     torchrun --standalone --nproc_per_node=4 02_ddpm.py        # on 4 GPUs of one machine
 
-Training and sampling are still the two algorithms of 01. What is new is marked `NEW in 02`. The
-README shows what each addition except the clamp gains in equal training time; at this size, some
-gain nothing:
+Training and sampling are still the two algorithms of 01, and the network is 01's with more blocks.
+What is new is marked `NEW in 02`. The README shows what each addition except the clamp gains in
+equal training time:
 
   cosine schedule    section 3   fewer steps are wasted on images that are almost pure noise
   attention          section 4   every part of an image takes the whole image into account
+  large t            section 5   training visits large t, where an image takes shape, more often
   clamped sampling   section 5   each predicted image is clamped to the range of pixels, -1 ... 1
   Muon               section 6   an optimizer that needs fewer steps
   averaged weights   section 6   sampling uses a moving average of the weights
@@ -17,11 +18,12 @@ The rest is what a serious training run needs: checkpoints, 16-bit arithmetic on
 and images of your own.
 
 Every few minutes, the script saves a checkpoint and a grid of samples in `outputs/02_ddpm/`. At the
-end, it adds the figures of 01 and `loss_per_timestep.png`, the network's error at each t. Stop it
-whenever you like: the same command resumes from the last checkpoint; once training is finished, it
-only samples. After `python -i 02_ddpm.py`: `ddpm.sample(n=16)`, or ten times faster
-`ddpm.sample(n=16, steps=100)`. `DDPM.load("a/checkpoint.pt")` is the network in a checkpoint,
-whatever the constants in this file say.
+end, it adds the figures of 01, the training images that are most like the samples (`nearest.png`),
+and the network's error at each t (`loss_per_timestep.png`). Stop it whenever you like: the same
+command resumes from the last checkpoint; once training is finished, it only samples. After
+`python -i 02_ddpm.py`: `ddpm.sample(n=16)`, or ten times faster `ddpm.sample(n=16, steps=100)`.
+`DDPM.load("a/checkpoint.pt")` is the network in a checkpoint, whatever the constants in this file
+say.
 
 How to read it: sections 3 to 5 are diffusion, and section 6 begins with what is new in training.
 Skim the rest.
@@ -66,7 +68,13 @@ import torchvision
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from utils.visualize import draw_digits, sample_grid, save_results, timestep_losses
+from utils.visualize import (
+    draw_digits,
+    nearest_images,
+    sample_grid,
+    save_results,
+    timestep_losses,
+)
 
 ON_GPU = torch.cuda.is_available()  # selects the larger defaults below
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", "DRAWN" (offline), or a folder of images
@@ -746,6 +754,7 @@ def save_figures(ddpm, losses, images, settings, folder, note):
     frames = []
     samples = sample_in_parts(ddpm.sample, 36, settings["BATCH_SIZE"], frames)
     save_results(folder, samples, frames, losses, note)
+    nearest_images(samples[:12], images, folder / "nearest.png", note=note)
     timesteps, errors = loss_per_timestep(ddpm, to_batch(images[: min(64, settings["BATCH_SIZE"])]))
     visits = ddpm.random_timesteps(10**6)
     timestep_losses(timesteps, errors, visits, folder / "loss_per_timestep.png", note=note)

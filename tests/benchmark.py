@@ -207,6 +207,11 @@ def share_among(a, b, k=3):
     return (torch.cdist(a, b) <= radius).any(dim=1).double().mean().item()
 
 
+def distance_to_nearest(a, b):
+    """Return the distance of each of a (N, D) to the nearest of b (M, D)."""
+    return torch.stack([torch.cdist(a, some).min(dim=1).values for some in b.split(5000)]).amin(0)
+
+
 def spread_within_classes(features, labels):
     """Return the mean distance between two images of the same class, averaged over the classes."""
     groups = [features[labels == label] for label in labels.unique()]
@@ -393,7 +398,17 @@ def benchmark_02(judge):
     """Score 02 by its own sampler: return its row of the main table, and the samples."""
     script = SCRIPTS["02"]
     ddpm, state, digest = read_checkpoint(script, load(script).DDPM)
-    return row_of_ddpm(judge, script, ddpm, state["averaged"], digest)
+    row, samples = row_of_ddpm(judge, script, ddpm, state["averaged"], digest)
+    train, test = (read_mnist(train=some)[0].flatten(1) for some in (True, False))
+    of_samples = distance_to_nearest(samples.flatten(1), train)
+    of_test = distance_to_nearest(test[: len(samples)], train)
+    share = (of_samples < of_test.median()).double().mean().item()
+    print(
+        f"\nDoes 02 invent? {100 * share:.0f} % of {len(samples):,} samples lie nearer to a training "
+        f"image than half of the test images do (mean distance {of_samples.mean():.2f}, test images "
+        f"{of_test.mean():.2f}); the nearest lies {of_samples.min():.2f} away."
+    )
+    return row, samples
 
 
 def benchmark_03(judge):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from figures import bars
 from tqdm import tqdm
 
-MINUTES = 3
+MINUTES = 2
 SEEDS = 0, 1, 2
 RATES = {"Adam": (0.001, 0.002, 0.004, 0.008), "Muon": (0.01, 0.02, 0.04)}
 COUNT = 2000  # samples of each training run

@@ -8,7 +8,7 @@ import torch
 from conftest import EACH_STEP, PICTURES, assert_learned_the_same, ctrl_c
 
 SCRIPT = "02_ddpm.py"
-FILES = sorted([*PICTURES, "checkpoint.pt", "loss_per_timestep.png"])
+FILES = sorted([*PICTURES, "checkpoint.pt", "loss_per_timestep.png", "nearest.png"])
 
 
 def test_from_start_to_pictures_and_again(project, trained, real_figures):

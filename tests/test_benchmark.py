@@ -217,6 +217,14 @@ def test_a_run_is_measured_once_and_again_when_the_script_changes(tmp_path, monk
         benchmark.run("03_x.py")
 
 
+def test_distance_to_the_nearest():
+    b = torch.randn(12_000, 3)
+    a = b[[0, 11_999, 6000]] + torch.tensor([[0.0, 0.0, 0.0], [1e-4, 0, 0], [0, 2e-4, 0]])
+    expected = torch.tensor([0.0, 1e-4, 2e-4])
+    assert torch.allclose(benchmark.distance_to_nearest(a, b), expected, atol=2e-3)
+    assert benchmark.distance_to_nearest(a + 100, b).min() > 100
+
+
 @pytest.mark.parametrize("alpha_bar_t", [1e-6, 0.3, 0.9999])
 def test_ideal_x_0_is_the_mean_of_the_posterior(alpha_bar_t):
     """Bayes' rule in plain numbers, image by image. No other prediction has a smaller error."""

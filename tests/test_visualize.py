@@ -404,3 +404,13 @@ def test_the_training_task_is_asked_and_answered_as_in_training(tmp_path, monkey
     assert seen[0][1].tolist() == [5, 15, 25, 35] * 2 and torch.equal(given, seen[0][0])
     assert torch.equal(clean, x_0) and torch.allclose(left, x_0, atol=1e-4)
     assert torch.allclose(asked, answered, atol=1e-4) and abs(3 * asked.std() - 1) < 0.15
+
+
+def test_nearest_images_are_the_nearest(tmp_path, monkeypatch):
+    images = torch.randint(0, 256, (2500, 1, 4, 4), dtype=torch.uint8)
+    shown, chosen = {}, torch.tensor([2499, 0, 1200])
+    monkeypatch.setattr(visualize, "image_table", lambda rows, *_, **__: shown.update(rows))
+    samples = images[chosen] / 127.5 - 1 + 0.05 * torch.randn(3, 1, 4, 4)
+    visualize.nearest_images(samples, images, tmp_path / "nearest.png")
+    assert torch.equal(shown["samples"], samples)
+    assert torch.equal(shown["nearest training images"], images[chosen] / 127.5 - 1)

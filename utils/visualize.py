@@ -52,6 +52,7 @@ __all__ = [
     "latent_pictures",
     "latent_scaling",
     "loss_curve",
+    "nearest_images",
     "reconstruction_errors",
     "reverse_process",
     "sample_grid",
@@ -398,6 +399,19 @@ def _save_gif(pictures, path, durations, note, colours):
     options = {"save_all": True, "append_images": frames[1:], "loop": 0, "duration": durations}
     path = Path(path).expanduser()
     return _write(path, lambda file: frames[0].save(file, "GIF", **options))
+
+
+def nearest_images(samples, images, path, title="Does it invent?", note=""):
+    """Save samples (B, C, H, W) in [-1, 1], each above the training image nearest to it.
+
+    images: all training images, uint8 (N, C, H, W). Nearest: by the squared difference of pixels.
+    """
+    samples, distances = samples.cpu(), []
+    for some in images.cpu().split(1000):
+        distances.append(torch.cdist(samples.flatten(1), some.flatten(1) / 127.5 - 1))
+    nearest = images.cpu()[torch.cat(distances, dim=1).argmin(dim=1)] / 127.5 - 1
+    rows = {"samples": samples, "nearest training images": nearest}
+    return image_table(rows, path, title=title, note=note)
 
 
 @matplotlib.rc_context(STYLE)
