@@ -403,11 +403,12 @@ def benchmark_02(judge):
     of_samples = distance_to_nearest(samples.flatten(1), train)
     of_test = distance_to_nearest(test[: len(samples)], train)
     share = (of_samples < of_test.median()).double().mean().item()
-    print(
-        f"\nDoes 02 invent? {100 * share:.0f} % of {len(samples):,} samples lie nearer to a training "
-        f"image than half of the test images do (mean distance {of_samples.mean():.2f}, test images "
-        f"{of_test.mean():.2f}); the nearest lies {of_samples.min():.2f} away."
+    lines = (
+        f"\nDoes 02 invent? {100 * share:.0f} % of {len(samples):,} samples lie nearer to a training",
+        f"image than half of the test images do. Mean distance: {of_samples.mean():.2f}, of test",
+        f"images {of_test.mean():.2f}; the nearest sample lies {of_samples.min():.2f} away.",
     )
+    print(*lines)
     return row, samples
 
 
