@@ -87,9 +87,9 @@ VAE_EPOCHS = 10 if ON_GPU else 2  # NEW in 05: times that an image is seen in st
 KL_WEIGHT = 0.002  # NEW in 05: pull of the latents towards N(0, 1); see vae_loss
 T = 1000  # noise steps in training; sampling takes DDIM_STEPS
 SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear" (DDPM)
-BASE_CH = 128 if ON_GPU else 48  # channels of the U-Net; many, because they are cheap here
+BASE_CH = 128 if ON_GPU else 64  # channels of the U-Net; many, because they are cheap here
 CHANNEL_MULT = (1, 2)  # in multiples of BASE_CH; MNIST: 8 × 8 → 4 × 4 latents
-NUM_BLOCKS = 2 if ON_GPU else 1  # residual blocks per level
+NUM_BLOCKS = 2  # residual blocks per level
 ATTENTION_AT = (8,)  # resolutions of the latents with self-attention; the middle always has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # regularisation for photographs
 FLIP = DATASET == "CIFAR10"  # mirror half of the images in stage 1; never digits

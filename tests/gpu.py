@@ -395,16 +395,19 @@ def make_step(variant, width, module):
 
 
 def their_unet(width, module, settings):
-    """Return diffusers' U-Net of the same shape as 02's, and a function to call it like 02's."""
+    """Return diffusers' U-Net with the widths of 02's, and a function to call it like 02's.
+
+    It has more blocks: at full resolution on the way down, and one more per level on the way up.
+    """
     from diffusers import UNet2DModel
 
     levels, blocks = settings["CHANNEL_MULT"], settings["NUM_BLOCKS"]
     kinds = ["Attn" * (28 // 2**i in settings["ATTENTION_AT"]) for i in range(len(levels))]
     sizes = {"sample_size": 28, "in_channels": 1, "out_channels": 1, "layers_per_block": blocks}
-    sizes |= {"block_out_channels": tuple(width * mult for mult in levels)}
+    sizes |= {"block_out_channels": tuple(round(width * mult) for mult in levels)}
     sizes |= {"down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds)}
     sizes |= {"up_block_types": tuple(f"{kind}UpBlock2D" for kind in kinds[::-1])}
-    sizes |= {"attention_head_dim": min(64, width), "norm_num_groups": min(8, width)}
+    sizes |= {"attention_head_dim": min(64, width), "norm_num_groups": max(1, width // 8)}
     net = UNet2DModel(**sizes).to(DEVICE, memory_format=module.best_layout(DEVICE))
     mixed = torch.autocast(DEVICE.type, module.best_precision(DEVICE), enabled=ON_GPU)
     forward = mixed(net.forward)

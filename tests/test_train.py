@@ -353,6 +353,12 @@ def test_large_t_come_more_often_and_each_batch_covers_them_all(T):
     assert (high > number - 1e-3).all() and (low < number + 1 + 1e-3).all()
 
 
+def test_the_largest_random_number_leads_to_the_last_t(monkeypatch):
+    """Rounded, 64 times u may become 64."""
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
+    assert diffusion().random_timesteps(64).max() == 49
+
+
 def test_samples_in_parts_are_all_there():
     calls, frames = [], []
 
