@@ -138,7 +138,7 @@ def load_folder(folder, size):
     of pets/cat/1.png and pets/dog/indoors/2.png. Subfolders called `train`, `test` and the like
     are no classes, but contain them. Numbers sort as numbers.
     """
-    files, read, left_out, grey = [], [], {}, True
+    files, read, left_out = [], [], {}
     for root, folders, names in os.walk(folder, followlinks=True):
         here = Path(root)
         if RESULTS & {*names} or here.resolve() in map(Path.resolve, here.parents):
@@ -153,9 +153,8 @@ def load_folder(folder, size):
     PngImagePlugin.MAX_TEXT_CHUNK, Image.MAX_IMAGE_PIXELS = 2**30, None  # large is not damaged
     for file in tqdm(sorted(files), "Reading images", unit=" files"):
         try:
-            images[len(read)] = image = read_image(file, size)
+            images[len(read)] = read_image(file, size)
             read.append(file.parent)
-            grey = grey and bool((image == image[0]).all())
         except Exception as error:
             left_out[file] = f"{file.name} ({error})"
     if left_out:
@@ -163,7 +162,9 @@ def load_folder(folder, size):
         print(f"Left out {kinds}, not readable: {'; '.join([*left_out.values()][:10])}")
     if len(read) < 2:
         sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with 2 images.")
-    images = images[: len(read), :1].clone() if grey else images[: len(read)]
+    images = images[: len(read)]
+    if all((image == image[0]).all() for image in images):  # grey
+        images = images[:, :1].clone()
     top = Path(os.path.commonpath(read))
     paths = [path.relative_to(top).parts or (top.name,) for path in read]
     if SPLITS.issuperset(path[0].lower() for path in paths):
@@ -723,7 +724,7 @@ class Muon(torch.optim.Optimizer):
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon scales
     all of them to about the same size. On a CPU, a step takes about 10 % longer than with Adam, but
-    after the same training time the Fréchet distance of 02 is two thirds smaller (see the README).
+    @@MUON@@
     weights: parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
     kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
     in bfloat16, which is slow on many CPUs.)

@@ -404,7 +404,7 @@ def benchmark_02(judge):
     of_test = distance_to_nearest(test[: len(samples)], train)
     share = (of_samples < of_test.median()).double().mean().item()
     lines = (
-        f"\nDoes 02 invent? {100 * share:.0f} % of {len(samples):,} samples are nearer to a training",
+        f"\nDoes 02 invent? {100 * share:.0f} % of {len(samples):,} samples are nearer a training",
         f"image than half of the test images do. Mean distance: {of_samples.mean():.2f}, of test",
         f"images {of_test.mean():.2f}; the nearest sample lies {of_samples.min():.2f} away.",
     )

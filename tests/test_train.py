@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import EACH_STEP, assert_learned_the_same, load
 
+from utils import visualize
+
 script = load("02_ddpm.py")
 COUNT = 40  # images; an epoch has 5 steps
 SETTINGS = {"T": 50, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 0.02, "EMA_DECAY": 0.9999}
@@ -324,18 +326,30 @@ def test_flip_mirrors_about_half_of_the_images():
     assert (flipped[right][..., 0] == -1).all() and (flipped[~right][..., 0] == 1).all()
 
 
-def test_loss_per_timestep_is_the_loss_at_that_timestep(monkeypatch):
+def test_the_figure_of_losses_shows_the_loss_at_each_timestep(tmp_path, monkeypatch):
     """By the network's own loss, with its t and its noise held fixed."""
     ddpm, images = diffusion(), torch.rand(64, 1, 8, 8) * 2 - 1
     torch.nn.init.normal_(ddpm.model.eval().conv_out.weight, std=0.1)
-    timesteps, errors = script.loss_per_timestep(ddpm, images, count=5)
-    assert timesteps == [0, 12, 24, 37, 49]
-    assert script.loss_per_timestep(ddpm, images, count=5)[1] == errors, "always the same noise"
+    monkeypatch.setattr(visualize, "_save", lambda fig, path: fig)
+    lines = visualize.timestep_losses(ddpm, images, tmp_path, count=5).axes[0].lines
+    timesteps, errors = lines[0].get_data()
+    assert [*timesteps] == [0, 12, 24, 37, 49]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(torch, "randn_like", lambda x: noise)
     for timestep, error in zip(timesteps, errors):
         monkeypatch.setattr(ddpm, "random_timesteps", lambda n, t=timestep: torch.full((n,), t))
         assert error == pytest.approx(ddpm.loss(images).item(), rel=1e-3)
+
+
+def test_the_figure_of_losses_shows_which_t_training_visits(tmp_path, monkeypatch):
+    ddpm = diffusion()
+    monkeypatch.setattr(visualize, "_save", lambda fig, path: fig)
+    monkeypatch.setattr(ddpm, "predict_noise", lambda x_t, t: torch.zeros_like(x_t))
+    right = visualize.timestep_losses(ddpm, torch.zeros(2, 1, 8, 8), tmp_path, count=5).axes[1]
+    shares = {line.get_label(): line.get_ydata() for line in right.lines}
+    assert shares["uniform t: visits"] == pytest.approx([20] * 5)
+    assert shares["02: visits"] == pytest.approx([4, 12, 20, 28, 36], abs=0.5)
+    assert shares["02: loss"] == pytest.approx(shares["02: visits"], rel=0.1), "an equal loss"
 
 
 @pytest.mark.parametrize("T", [2, 3, 1000])

@@ -79,14 +79,12 @@ def make_frames(channels=1, count=4, stages=12):
 def test_every_figure_is_written_and_shows_something(tmp_path):
     x, folder = torch.rand(5, 3, 8, 8) * 2 - 1, tmp_path / "new folder"
     frames, alphas_cumprod = make_frames(channels=3), torch.linspace(0.999, 0.001, 50)
-    losses = [0, 5, 9], [0.3, 0.2, 0.1], torch.randint(10, (100,))
     paths = [
         visualize.sample_grid(x, folder / "grid.png", "Title", "note"),
         visualize.denoising_strip(frames, folder / "strip.png"),
         visualize.denoising_gif(frames, folder / "steps.gif"),
         visualize.loss_curve(np.linspace(1, 0.1, 300), folder / "loss.png"),
         visualize.image_table({"a": x[:2], "b": x[2:4]}, folder / "table.png", ["one", "two"]),
-        visualize.timestep_losses(*losses, folder / "timesteps.png"),
         visualize.forward_process(x[:2], alphas_cumprod, folder / "forward.png"),
         visualize.schedule_comparison(x[0], folder / "schedules.png"),
     ]

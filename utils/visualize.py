@@ -430,26 +430,31 @@ def loss_curve(losses, path, title="Training loss", note=""):
     return _save(fig, path)
 
 
+@torch.no_grad()
 @matplotlib.rc_context(STYLE)
-def timestep_losses(timesteps, losses, visits, path, title="Loss per timestep", note=""):
-    """Save the loss at each t (left), and which t training visits and what the loss consists of.
+def timestep_losses(ddpm, x_0, path, title="The loss at each t", note="", count=40):
+    """Save the loss of x_0 (B, C, H, W) at up to `count` timesteps, and its share in training.
 
-    visits: many random t as in training, int64 (n,), 0 ... T - 1.
+    ddpm: has T, alphas_cumprod, predict_noise(x_t, t), and random_timesteps(n) as in training.
     """
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
+    timesteps = torch.linspace(0, ddpm.T - 1, min(count, ddpm.T)).round().long().tolist()
+    losses = []
+    for t, alpha_bar_t in zip(timesteps, ddpm.alphas_cumprod[timesteps]):
+        x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * noise  # DDPM Eq. 4
+        losses.append((noise - ddpm.predict_noise(x_t, t)).square().mean().item())
+    visits = ddpm.random_timesteps(10**6).cpu()
+    counts, _ = np.histogram(visits, bins=len(timesteps), range=(0, ddpm.T))
     fig = _figure(9.5, 4.2, title, note)
     left, right = fig.subplots(1, 2)
-    left.plot(timesteps, losses, color=BLUE)
+    left.plot(timesteps, losses, ".-", color=BLUE)
     left.set(title="Squared error of the noise", xlabel="t", ylabel="loss", yscale="log")
-    T, losses = timesteps[-1] + 1, np.array(losses)
-    counts, _ = np.histogram(visits.cpu(), bins=len(timesteps), range=(0, T))
-    for label, weights, colour in ("uniform t", np.ones(len(losses)), GREY), ("02", counts, BLUE):
-        right.plot(
-            timesteps, 100 * weights / weights.sum(), "--", color=colour, label=f"{label}: visits"
-        )
-        share = weights * losses / (weights * losses).sum()
-        right.plot(timesteps, 100 * share, color=colour, label=f"{label}: loss")
-    right.set(title="Which t training visits, and where its loss comes from", xlabel="t")
-    right.set(ylabel=f"per cent in each {len(losses)}-th of t")
+    for name, weights, colour in ("uniform t", np.ones(len(counts)), GREY), ("02", counts, BLUE):
+        for part, values, style in ("visits", weights, "--"), ("loss", weights * losses, "-"):
+            share = 100 * values / values.sum()
+            right.plot(timesteps, share, style, color=colour, label=f"{name}: {part}")
+    right.set(title="How often training visits t, and where its loss comes from", xlabel="t")
+    right.set(ylabel=f"per cent, in each {len(counts)}-th of t")
     right.legend()
     return _save(fig, path)
 
