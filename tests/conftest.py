@@ -34,6 +34,11 @@ from utils.visualize import STYLE, draw_digits  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser):
+    toy = str(ROOT / "01_ddpm_toy.py")
+    parser.addoption("--file", default=toy, help="the file that test_exercise.py looks at")
+
+
 # Small settings for all scripts: a run trains for a few steps in a second.
 SMALL = {
     "T": 5,

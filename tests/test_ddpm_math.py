@@ -133,6 +133,32 @@ def test_loss_is_the_plain_squared_error_of_unit_noise(script, off):
     assert seen[0].mean().abs() < 0.05 and abs(seen[0].std() - 1) < 0.05
 
 
+@pytest.mark.parametrize("a", [0.001, 0.3, 0.999])  # ᾱ
+def test_one_prediction_has_five_names(a):
+    """The table of the README: each from ε, and its squared error in units of that of ε."""
+    x_0, noise, wrong = torch.randn(3, 2, 5000, dtype=torch.float64)[:, 0]
+    x_t = a**0.5 * x_0 + (1 - a) ** 0.5 * noise
+    names = {  # from ε; by its own definition; weight
+        "x_0": (lambda e: (x_t - (1 - a) ** 0.5 * e) / a**0.5, x_0, (1 - a) / a),
+        "v": (
+            lambda e: (e - (1 - a) ** 0.5 * x_t) / a**0.5,
+            a**0.5 * noise - (1 - a) ** 0.5 * x_0,
+            1 / a,
+        ),
+        # of log q(x_t | x_0), a Gaussian around √ᾱ · x_0
+        "score": (lambda e: -e / (1 - a) ** 0.5, -(x_t - a**0.5 * x_0) / (1 - a), 1 / (1 - a)),
+        "velocity": (
+            lambda e: ((a**0.5 + (1 - a) ** 0.5) * e - x_t) / a**0.5,
+            noise - x_0,
+            (a**0.5 + (1 - a) ** 0.5) ** 2 / a,
+        ),
+    }
+    for name, (convert, expected, weight) in names.items():
+        assert torch.allclose(convert(noise), expected), name
+        error = (convert(wrong) - expected).square().mean()
+        assert torch.allclose(error, weight * (wrong - noise).square().mean()), name
+
+
 # %% One step back
 
 

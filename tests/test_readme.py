@@ -15,6 +15,7 @@ from conftest import ROOT, scripts
 from PIL import Image
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+MEASUREMENTS = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
 load = functools.cache(conftest.load)
 
 
@@ -74,8 +75,14 @@ def test_the_differences_that_the_readme_shows_can_be_shown():
         assert done.returncode == 1 and len(done.stdout) > 1000  # 1: they differ
 
 
-def test_code_in_the_ideas_is_that_of_the_scripts():
-    found = blocks("python", section("The ideas in short"))
+def excerpts_and_snippets(text):
+    """Python code of the scripts, which is indented, and code to try out."""
+    found = blocks("python", text)
+    return [b for b in found if b.startswith(" ")], [b for b in found if not b.startswith(" ")]
+
+
+def test_code_that_it_shows_is_that_of_the_scripts():
+    found, _ = excerpts_and_snippets(README)
     texts = [script.read_text(encoding="utf-8") for script in scripts()]
     assert len(found) == 7
     for block in found:
@@ -93,10 +100,10 @@ def test_snippets_run(project, monkeypatch, capsys, script):
     path.write_text(text, encoding="utf-8")
     done = project.run_here(script.name)
     assert done.returncode == 0, done.stderr
-    found = blocks("python", section(script.name))
+    _, found = excerpts_and_snippets(section(script.name))
     if script.name.startswith("02"):
         assert not found
-        found = [None, *blocks("python", section("The scripts one by one").split("\n### ")[0])]
+        found = [None, *blocks("python", section("The five scripts").split("\n### ")[0])]
         project.edit("02_ddpm.py", BASE_CH=16)  # the constants at the top do not matter
     if found[0]:
         console = code.InteractiveConsole(project.names)
@@ -116,16 +123,21 @@ def test_snippets_run(project, monkeypatch, capsys, script):
         assert list(project.folder.glob(f"{name}*.png"))
 
 
-def test_links_lead_somewhere():
-    headings = re.findall(r"(?m)^#+ (.+)$", README)
-    anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
-    links = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", README)
+@pytest.mark.parametrize("name", ["README.md", "tests/README.md"])
+def test_links_lead_somewhere(name):
+    def anchors(file):
+        headings = re.findall(r"(?m)^#+ (.+)$", file.read_text(encoding="utf-8"))
+        return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+    file = ROOT / name
+    links = re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", file.read_text(encoding="utf-8"))
     for link in (a or b for a, b in links):
-        if link.startswith("#"):
-            assert link[1:] in anchors, link
-        elif not link.startswith("https://"):
-            assert (ROOT / link).exists(), link
-    assert len(links) > 25
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = (file.parent / path).resolve() if path else file
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+    assert len(links) > (25 if name == "README.md" else 3)
 
 
 def test_constants_named_exist():
@@ -156,8 +168,8 @@ def test_files_named_are_those_that_the_scripts_leave():
 def test_tables_have_the_columns_of_the_benchmark():
     files = ROOT / "tests" / "benchmark.py", ROOT / "tests" / "ladder.py"
     text = "".join(file.read_text(encoding="utf-8") for file in files)
-    tables = re.findall(r"(?m)^\| (.+) \|\n\|---", section("How good, how fast"))
-    assert len(tables) == 6
+    tables = re.findall(r"(?m)^\| (.+) \|\n\|---", MEASUREMENTS.split("**Which version")[1])
+    assert len(tables) > 6
     for header in tables:
         for column in header.split(" | "):
             assert f'"{column.strip("| ")}"' in text, column

@@ -432,7 +432,7 @@ def loss_curve(losses, path, title="Training loss", note=""):
 
 @torch.no_grad()
 @matplotlib.rc_context(STYLE)
-def timestep_losses(ddpm, x_0, path, title="The loss at each t", note="", count=40):
+def timestep_losses(ddpm, x_0, path, title="Which t training learns from", note="", count=40):
     """Save the loss of x_0 (B, C, H, W) at up to `count` timesteps, and its share in training.
 
     ddpm: has T, alphas_cumprod, predict_noise(x_t, t), and random_timesteps(n) as in training.
@@ -453,7 +453,7 @@ def timestep_losses(ddpm, x_0, path, title="The loss at each t", note="", count=
         for part, values, style in ("visits", weights, "--"), ("loss", weights * losses, "-"):
             share = 100 * values / values.sum()
             right.plot(timesteps, share, style, color=colour, label=f"{name}: {part}")
-    right.set(title="How often training visits t, and where its loss comes from", xlabel="t")
+    right.set(title="Visits in training, and shares of its loss", xlabel="t")
     right.set(ylabel=f"per cent, in each {len(counts)}-th of t")
     right.legend()
     return _save(fig, path)
