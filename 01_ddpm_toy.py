@@ -179,13 +179,13 @@ class SimpleDDPM:
         """Step back from x_t (B, C, H, W) at t, an int: return x_prev, and x_0_pred to look at."""
         noise_pred = self.model(x_t, torch.full((len(x_t),), t, device=self.device))
         beta_t, alpha_t, alpha_bar_t = self.betas[t], self.alphas[t], self.alphas_cumprod[t]
-        # Guess the image, move a little towards it, put back the uncertainty. DDPM Eq. 4 solved for
-        # x_0 (Eq. 15):  x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  The squared error makes x̂_0 the mean
-        # of all x_0 that x_t may come from, a blur. So we stop at x_{t−1}: two Gaussians describe
-        # it, x_t/√α_t of variance β_t/α_t (Eq. 2), √ᾱ_{t−1} · x̂_0 of variance 1−ᾱ_{t−1} (Eq. 4).
-        # Their product is a Gaussian whose mean weighs both by 1 / variance (Eq. 7). With x̂_0 as
-        # above, that is DDPM Alg. 2, line 4:  1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ) + σ_t · z,  where
-        # σ_t² = β_t. At t = 500, 1 % of the noise goes, and 1/√α_t undoes the fading by 0.5 %.
+        # Guess the image, move a little towards it, add fresh noise. Eq. 4 solved for x_0 (Eq. 15):
+        #   x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  The squared error makes it the mean of all x_0
+        # that x_t may come from, a blur. So we go only to x_{t−1}. Two Gaussians say where it lies:
+        # x_t/√α_t with variance β_t/α_t (Eq. 2), √ᾱ_{t−1} · x̂_0 with variance 1−ᾱ_{t−1} (Eq. 4).
+        # Bayes' rule multiplies them: their mean, each weighed by 1 / variance, is Eq. 7, or with
+        # x̂_0 as above Alg. 2, line 4:  1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ) + σ_t · z,  σ_t² = β_t.
+        # At t = 500, the mean has noise of variance 0.911 instead of 0.922, and z adds 0.010.
         x_prev = (x_t - beta_t / (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_t.sqrt()
         if t > 0:  # line 3: not in the last step. Why z? Many x_{t−1} fit x_t; this draws one.
             x_prev = x_prev + beta_t.sqrt() * torch.randn_like(x_t)
@@ -209,7 +209,7 @@ class SimpleDDPM:
 
 def simple_train(ddpm, images, epochs, batch_size, learning_rate):
     """Train on images, uint8 (N, C, H, W); return the loss of each step. Ctrl-C ends it early."""
-    steps, losses = max(21, epochs * math.ceil(len(images) / batch_size)), []  # 20 gives 0 / 0
+    steps, losses = max(21, epochs * math.ceil(len(images) / batch_size)), []  # OneCycleLR needs 21
     optimizer = torch.optim.Adam(ddpm.model.parameters(), betas=(0.9, 0.99))  # paper: 0.9, 0.999
     schedule = OneCycleLR(optimizer, learning_rate, steps, pct_start=0.05, cycle_momentum=False)
     bar = tqdm(total=epochs * len(images), desc="Training", unit=" images")

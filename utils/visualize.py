@@ -330,7 +330,7 @@ def training_task(ddpm, images, path, title="What training asks of the network",
         "given: x_t, the same with noise": x_t,
         "asked: the noise, ε": noise / 3,
         "answered: ε_θ": noise_pred / 3,
-        "x_t without the answer: x̂_0": (x_t - spread * noise_pred) / signal,  # DDPM Eq. 15
+        "the image that this implies: x̂_0": (x_t - spread * noise_pred) / signal,  # DDPM Eq. 15
     }
     return image_table(rows, path, [f"t = {step}" for step in t], title, note)
 
@@ -702,13 +702,13 @@ def _denoise(x_t, steps, points, alphas_cumprod, fresh_noise=True):
 
 
 BELOW = {  # what to see in the panels of `reverse_process`
-    20: "Each arrow leads from an x_t to x̂_0, the mean\nof all points that it may come from.\n"
-    "Little noise: the arrows are short and sure.",
-    150: "More noise: longer arrows.\nMost of them still end on the spiral.",
-    350: "An x_t may come from several arms,\nand their mean lies between them.",
-    600: "Nearly all points are possible:\nx̂_0 only says roughly where.",
-    999: "Pure noise: x̂_0 is the mean of all points.\nOne jump would end there. So the sampler\n"
-    "moves a little and predicts again.",
+    999: "Each arrow leads from an x_t to x̂_0,\nthe mean of all points (black) that it may\n"
+    "come from: in pure noise, of all.",
+    600: "A jump along an arrow would end in the\nmiddle. So the sampler moves a little,\n"
+    "adds fresh noise and predicts again.",
+    350: "Less noise: an x_t may come from several\narms, and their mean lies between them.",
+    150: "Nearly all arrows end on the spiral.",
+    20: "Little noise: the arrows are too short to see.",
     "three paths": "From noise (blue) to the spiral: at first\nfresh noise decides, at last x̂_0.",
     "200 steps": "1,000 samples cover the whole spiral.",
     "without fresh noise": "200 steps that only move towards x̂_0:\nall samples end in one place.",
@@ -732,14 +732,15 @@ def reverse_process(path, n=1000):
         x_t = alpha_bar_t.sqrt() * points + (1 - alpha_bar_t).sqrt() * noise  # DDPM Eq. 4
         arrows = _ideal_x_0(x_t[:30], alpha_bar_t, points) - x_t[:30]
         ax.plot(*x_t.T, ".", color=GREY, markersize=2)
-        options = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.007}
+        ax.plot(*points.T, ".", color="black", markersize=1)
+        options = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.007, "zorder": 3}
         ax.quiver(*x_t[:30].T, *arrows.T, color=ORANGE, **options)
     many, some, few = (_denoise(noise, steps, points, alphas_cumprod) for steps in (200, 20, 5))
     still = _denoise(noise, 200, points, alphas_cumprod, fresh_noise=False)
     for way in torch.stack(many)[:, :3].unbind(1):
         axes[5].plot(*way.T, color=ORANGE, linewidth=0.7)
     for ax, shown, size in zip(
-        axes[5:], (noise[:3], many[-1], still[-1], some[-1], few[-1]), "52222"
+        axes[5:], (noise[:3], many[-1], still[-1], some[-1], few[-1]), "82222"
     ):
         ax.plot(*points.T, ".", color=GREY, markersize=1, zorder=0)
         ax.plot(*shown.T, ".", color=BLUE, markersize=int(size) + 1)
