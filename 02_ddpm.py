@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=4 02_ddpm.py        # on 4 GPUs of one machine
 
 Training and sampling are still the two algorithms of 01, and the network is 01's with more blocks.
-What is new is marked `NEW in 02`. The README shows what each addition except the clamp gains in
-equal training time:
+What is new is marked `NEW in 02`. tests/README.md shows what each addition except the clamp gains
+in equal training time:
 
   cosine schedule    section 3   fewer steps are wasted on images that are almost pure noise
   attention          section 4   every part of an image takes the whole image into account
@@ -39,7 +39,7 @@ noise_pred        ε_θ(x_t, t)   (B, C, H, W)   the network's prediction of tha
 x_0_pred          x̂_0           (B, C, H, W)   the image that follows from this prediction
 t                 t             (B,)           0 ... T-1 (paper: 1 ... T); t = 0: after one step
 betas             β             (T,)           variance of the noise that a step adds; α = 1 - β
-alphas_cumprod    ᾱ             (T,)           product of the α up to t: the image's share of x_t
+alphas_cumprod    ᾱ             (T,)           product of the α up to t: image's share of variance
 alpha_bars        ᾱ             T + 1 floats   the same for an int t; [-1] is 1, the clean image's
 """
 
@@ -274,11 +274,11 @@ def timestep_embedding(t, dim):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Normalise ch channels in groups of at least 8, each image by itself.
+    """Normalise ch channels in groups of at least 8 (or all of them), each image by itself.
 
-    BatchNorm would average over images with different t. In groups of one or two channels, each
-    channel would lose its mean, and the image its brightness. With 16 bits, PyTorch would return
-    float32, which takes twice the memory; only the sums inside need it.
+    BatchNorm would average over images with different t. In a group of its own, a channel would
+    lose its mean, and the block would not see how bright the image is. With 16 bits, PyTorch would
+    return float32, which takes twice the memory; only the sums inside need it.
     """
 
     def __init__(self, ch):
@@ -468,9 +468,9 @@ class DDPM:
         """NEW in 02. Return n random t, int64 (n,), large ones more often:  t = T · √u.
 
         With uniform t, the fifth with t < 200 causes half of the loss and 96 % of the gradient (its
-        square; cosine schedule, MNIST), all of it about the last traces of noise. What an image
-        shows is settled before. Here t < 200 in 4 % of the cases, and u is spread evenly over the
-        batch. (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
+        square; cosine schedule, MNIST), all of it about fine detail. What an image shows is settled
+        at larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
+        (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
         """
         u = (torch.arange(n, device=self.device) + torch.rand(n, device=self.device)) / n
         return (self.T * u.sqrt()).long().clamp(max=self.T - 1)
@@ -565,7 +565,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), pairs in updates.items():
                 u = torch.stack([u for _, u in pairs])  # (count, out, in · kernel)
                 u /= u.norm(dim=(1, 2), keepdim=True) + 1e-7  # all singular values σ: at most 1
-                # Newton–Schulz steps with Jordan's coefficients bring them all close to 1:
+                # Newton–Schulz steps with Jordan's coefficients bring all but tiny ones near 1:
                 for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
                     gram = u @ u.mT
                     gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)

@@ -268,11 +268,11 @@ def timestep_embedding(t, dim):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Normalise ch channels in groups of at least 8, each image by itself.
+    """Normalise ch channels in groups of at least 8 (or all of them), each image by itself.
 
-    BatchNorm would average over images with different t. In groups of one or two channels, each
-    channel would lose its mean, and the image its brightness. With 16 bits, PyTorch would return
-    float32, which takes twice the memory; only the sums inside need it.
+    BatchNorm would average over images with different t. In a group of its own, a channel would
+    lose its mean, and the block would not see how bright the image is. With 16 bits, PyTorch would
+    return float32, which takes twice the memory; only the sums inside need it.
     """
 
     def __init__(self, ch):
@@ -480,9 +480,9 @@ class DDPM:
         """NEW in 02. Return n random t, int64 (n,), large ones more often:  t = T · √u.
 
         With uniform t, the fifth with t < 200 causes half of the loss and 96 % of the gradient (its
-        square; cosine schedule, MNIST), all of it about the last traces of noise. What an image
-        shows is settled before. Here t < 200 in 4 % of the cases, and u is spread evenly over the
-        batch. (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
+        square; cosine schedule, MNIST), all of it about fine detail. What an image shows is settled
+        at larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
+        (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
         """
         u = (torch.arange(n, device=self.device) + torch.rand(n, device=self.device)) / n
         return (self.T * u.sqrt()).long().clamp(max=self.T - 1)
@@ -668,7 +668,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), pairs in updates.items():
                 u = torch.stack([u for _, u in pairs])  # (count, out, in · kernel)
                 u /= u.norm(dim=(1, 2), keepdim=True) + 1e-7  # all singular values σ: at most 1
-                # Newton–Schulz steps with Jordan's coefficients bring them all close to 1:
+                # Newton–Schulz steps with Jordan's coefficients bring all but tiny ones near 1:
                 for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
                     gram = u @ u.mT
                     gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)

@@ -404,7 +404,8 @@ def _save_gif(pictures, path, durations, note, colours):
 def nearest_images(samples, images, path, title="Does it invent?", note=""):
     """Save samples (B, C, H, W) in [-1, 1], each above the training image nearest to it.
 
-    images: all training images, uint8 (N, C, H, W). Nearest: by the squared difference of pixels.
+    images: all training images, uint8 (N, C, H, W), as they are, not mirrored. Nearest: by the
+    squared difference of pixels.
     """
     samples, distances = samples.cpu(), []
     for some in images.cpu().split(1000):
@@ -438,13 +439,14 @@ def timestep_losses(ddpm, x_0, path, title="Which t training learns from", note=
     ddpm: has T, alphas_cumprod, predict_noise(x_t, t), and random_timesteps(n) as in training.
     """
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
-    timesteps = torch.linspace(0, ddpm.T - 1, min(count, ddpm.T)).round().long().tolist()
+    count = min(count, ddpm.T)  # equal parts of 0 ... T - 1, and the t in the middle of each
+    timesteps = ((torch.arange(count) + 0.5) * ddpm.T / count).long().tolist()
     losses = []
     for t, alpha_bar_t in zip(timesteps, ddpm.alphas_cumprod[timesteps]):
         x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * noise  # DDPM Eq. 4
         losses.append((noise - ddpm.predict_noise(x_t, t)).square().mean().item())
     visits = ddpm.random_timesteps(10**6).cpu()
-    counts, _ = np.histogram(visits, bins=len(timesteps), range=(0, ddpm.T))
+    counts, _ = np.histogram(visits, bins=count, range=(0, ddpm.T))
     fig = _figure(9.5, 4.2, title, note)
     left, right = fig.subplots(1, 2)
     left.plot(timesteps, losses, ".-", color=BLUE)
@@ -454,7 +456,7 @@ def timestep_losses(ddpm, x_0, path, title="Which t training learns from", note=
             share = 100 * values / values.sum()
             right.plot(timesteps, share, style, color=colour, label=f"{name}: {part}")
     right.set(title="Visits in training, and shares of its loss", xlabel="t")
-    right.set(ylabel=f"per cent, in each {len(counts)}-th of t")
+    right.set(ylabel=f"per cent, in each 1/{count} of all t")
     right.legend()
     return _save(fig, path)
 
@@ -707,13 +709,13 @@ BELOW = {  # what to see in the panels of `reverse_process`
     600: "A jump along an arrow would end in the\nmiddle. So the sampler moves a little,\n"
     "adds fresh noise and predicts again.",
     350: "Less noise: an x_t may come from several\narms, and their mean lies between them.",
-    150: "Nearly all arrows end on the spiral.",
+    150: "From outside, arrows end on the spiral.\nBetween two arms, x̂_0 still hesitates.",
     20: "Little noise: the arrows are too short to see.",
-    "three paths": "From noise (blue) to the spiral: at first\nfresh noise decides, at last x̂_0.",
+    "three paths": "From noise (blue) to the spiral (black):\nfirst the fresh noise decides, then x̂_0.",
     "200 steps": "1,000 samples cover the whole spiral.",
-    "without fresh noise": "200 steps that only move towards x̂_0:\nall samples end in one place.",
+    "without fresh noise": "200 steps that add no noise: too little\nis left, and all end in one place.",
     "20 steps": "Nearly all samples reach the spiral,\nbut some are left between its arms.",
-    "5 steps": "Each step is far too long: x̂_0 would\nhave changed on the way.",
+    "5 steps": "Steps far too long: most samples end\nbetween the arms, where x̂_0 was a mean.",
 }
 
 
@@ -739,6 +741,7 @@ def reverse_process(path, n=1000):
     still = _denoise(noise, 200, points, alphas_cumprod, fresh_noise=False)
     for way in torch.stack(many)[:, :3].unbind(1):
         axes[5].plot(*way.T, color=ORANGE, linewidth=0.7)
+        axes[5].plot(*way[-1], ".", color="black", markersize=9, zorder=3)
     for ax, shown, size in zip(
         axes[5:], (noise[:3], many[-1], still[-1], some[-1], few[-1]), "82222"
     ):
