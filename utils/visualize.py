@@ -711,9 +711,11 @@ BELOW = {  # what to see in the panels of `reverse_process`
     350: "Less noise: an x_t may come from several\narms, and their mean lies between them.",
     150: "From outside, arrows end on the spiral.\nBetween two arms, x̂_0 still hesitates.",
     20: "Little noise: the arrows are too short to see.",
-    "three paths": "From noise (blue) to the spiral (black):\nfirst the fresh noise decides, then x̂_0.",
+    "three paths": "From noise (blue) to the spiral (black):\n"
+    "first the fresh noise decides, then x̂_0.",
     "200 steps": "1,000 samples cover the whole spiral.",
-    "without fresh noise": "200 steps that add no noise: too little\nis left, and all end in one place.",
+    "without fresh noise": "200 steps that add no noise: too little\n"
+    "is left, and all end in one place.",
     "20 steps": "Nearly all samples reach the spiral,\nbut some are left between its arms.",
     "5 steps": "Steps far too long: most samples end\nbetween the arms, where x̂_0 was a mean.",
 }
