@@ -91,20 +91,24 @@ OUT_DIR = "outputs/03_conditional_ddpm"  # results are saved here
 
 
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # not classes
-HIDDEN = ".", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE", "Thumbs.db", "desktop.ini"  # no images
-RESULTS = {"checkpoint.pt", "vae.pt", "weights.pt"}  # a folder with one of these holds results
+CLUTTER = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini"}  # ignored
+RESULTS = {"checkpoint.pt", "vae.pt", "denoising.gif"}  # a folder with one of these holds results
 
 
 def read_image(file, size):
     """Return an image file of any kind as uint8 (3, size, size); transparency becomes white."""
+    if not file.is_file():
+        raise OSError("no file")  # a pipe, or a link to nothing
     image = ImageOps.exif_transpose(Image.open(file))  # upright, as the camera was held
     if image.mode[0] in "IF":  # 16 or 32 bits per pixel, whole numbers or float
         values = np.asarray(image, np.float64)
         low, high = values.min(), values.max()
-        white = 1 if image.mode == "F" and high <= 1 else 255 if high <= 255 else 65535
-        if not 0 <= low <= high <= white or 255 < high < 4096:  # such as 12 bits in 16
+        white = [
+            w for w in (1, 255, 65535) if low >= 0 and (w / 4 <= high <= 1.001 * w or high == 0)
+        ]
+        if not white:  # such as 12 bits in 16
             raise ValueError(f"values from {low:g} to {high:g}: save it with 8 bits")
-        image = Image.fromarray((values * 255 / white).astype(np.uint8))
+        image = Image.fromarray((values * 255 / white[0]).clip(0, 255).astype(np.uint8))
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return torch.from_numpy(np.array(ImageOps.fit(image, (size, size)))).permute(2, 0, 1)
@@ -113,19 +117,22 @@ def read_image(file, size):
 def load_folder(folder, size):
     """Return all images below a folder, uint8 (N, C, size, size), labels (N,) and class names.
 
-    C is 1 if all images are grey, otherwise 3. Links are followed. One line says what cannot be
-    read and is left out; hidden files and the results of these scripts are ignored.
+    C is 1 if all images are grey, otherwise 3. Links are followed. What cannot be read is left out,
+    and so are results of these scripts, as a line says; hidden files and clutter are ignored.
     The classes are the subfolders, or those of the only one, with everything below: `cat` and `dog`
     of pets/cat/1.png and pets/dog/indoors/2.png. Subfolders called `train`, `test` and the like
     are no classes, but contain them. Numbers sort as numbers.
     """
     files, read, left_out = [], [], {}
-    for root, folders, names in os.walk(folder, followlinks=True):
+    walk = os.walk(folder, onerror=lambda e: left_out.update({e.filename: e}), followlinks=True)
+    for root, folders, names in walk if folder.is_dir() else ():
         here = Path(root)
-        if RESULTS & {*names} or here.resolve() in map(Path.resolve, here.parents):
-            names, folders[:] = [], []  # results, or a link that leads back: a circle
-        folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
-        files += [here / name for name in names if not name.startswith(HIDDEN)]
+        if RESULTS & {*names}:
+            print(f"Left out {here}: it holds results of these scripts.")
+        if RESULTS & {*names} or here.resolve() in map(Path.resolve, here.parents):  # or a circle
+            names, folders[:] = [], []
+        folders[:] = [n for n in folders if not n.startswith(".") and n not in CLUTTER]
+        files += [here / n for n in names if not n.startswith(".") and n not in CLUTTER]
     try:
         images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     except RuntimeError:
@@ -135,23 +142,27 @@ def load_folder(folder, size):
     for file in tqdm(sorted(files), "Reading images", unit=" files"):
         try:
             images[len(read)] = read_image(file, size)
-            read.append(file.parent)
+            read.append(file)
         except Exception as error:
-            left_out[file] = f"{file.name} ({error})"
+            left_out[file] = error
     if left_out:
-        kinds = dict(Counter(file.suffix.lower() for file in left_out))
-        print(f"Left out {kinds}, not readable: {'; '.join([*left_out.values()][:10])}")
+        kinds = dict(Counter(Path(file).suffix.lower() for file in left_out))
+        some = [f"{Path(file).name} ({error})" for file, error in left_out.items()][:10]
+        print(f"Left out {kinds}, not readable: {'; '.join(some)}{' ...' * (len(left_out) > 10)}")
     if len(read) < 2:
         sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with 2 images.")
     images = images[: len(read)]
     if all((image == image[0]).all() for image in images):  # grey
         images = images[:, :1].clone()
-    top = Path(os.path.commonpath(read))
-    paths = [path.relative_to(top).parts or (top.name,) for path in read]
-    if SPLITS.issuperset(path[0].lower() for path in paths):
-        paths = [path[1:] or path for path in paths]
-    labels = [unicodedata.normalize("NFC", path[0]) for path in paths]  # one form of each é
-    names = sorted({*labels}, key=lambda name: re.sub("[0-9]+", lambda n: n[0].zfill(20), name))
+    paths, default = [file.parent.relative_to(folder).parts for file in read], "images"
+    while heads := {path[0] for path in paths if path}:
+        splits = {head for head in heads if head.lower() in SPLITS}
+        if len(splits) < 2 and splits != heads and (len(heads) > 1 or not all(paths)):
+            break  # these are the classes
+        default = default if splits else heads.copy().pop()
+        paths = [path[1:] if {*path[:1]} & (splits or heads) else path for path in paths]
+    labels = [unicodedata.normalize("NFC", path[0] if path else default) for path in paths]
+    names = sorted({*labels}, key=lambda n: (re.sub("[0-9]+", lambda d: d[0].zfill(20), n), n))
     return images, torch.tensor([names.index(label) for label in labels]), names
 
 
@@ -166,7 +177,7 @@ def load_dataset(name, folder, size):
         images, labels = draw_digits()
         return images[:, None], labels, [*"0123456789"], name
     if name not in ("MNIST", "FashionMNIST", "CIFAR10"):
-        path = Path(str(name)).expanduser().resolve()
+        path = Path(os.path.expanduser(str(name))).resolve()
         return *load_folder(path, size), f"{path.name}/"
     socket.setdefaulttimeout(20)  # seconds; otherwise a dead connection would hang for ever
     try:
@@ -182,9 +193,9 @@ def load_dataset(name, folder, size):
 
 
 def fingerprint(images):
-    """Return what tells uint8 images (N, C, H, W) from others: their shape, and a hash of some."""
-    some = images[:: math.ceil(len(images) / 100)].contiguous().numpy().tobytes()
-    return f"{' x '.join(map(str, images.shape))}, {hashlib.sha256(some).hexdigest()[:8]}"
+    """Return what tells uint8 images (N, C, H, W) from others: their shape, and a hash."""
+    digest = hashlib.sha256(images.contiguous().numpy()).hexdigest()[:8]
+    return f"{' x '.join(map(str, images.shape))}, {digest}"
 
 
 def to_batch(images, flip=False):
@@ -730,8 +741,8 @@ def resume(parts, settings, fixed, path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name in fixed:
-            if state["settings"][name] != settings[name]:
-                old, new = state["settings"][name], settings[name]
+            old, new = state["settings"].get(name), settings[name]
+            if old != new:
                 raise ValueError(f"{name} was {old!r} and now is {new!r}")
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -941,7 +952,7 @@ def check(constants):
             settings[name] = values if many else value
     try:
         out_dir = Path(out_dir).expanduser()
-        if out_dir.resolve() == Path(str(constants["DATASET"])).expanduser().resolve():
+        if out_dir.resolve() == Path(os.path.expanduser(str(constants["DATASET"]))).resolve():
             raise ValueError("the images of DATASET are there")
         out_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out_dir).close()  # fails where nothing can be written

@@ -130,7 +130,7 @@ def test_of_a_few_images_of_ones_own_some_are_held_out(project, figures, count, 
     kept, held_out = (project.names[name][:, 0, 0, 0] for name in ("images", "test_images"))
     assert held_out.tolist() == [*range(0, count, 20)], "every 20th"
     assert sorted(torch.cat([kept, held_out]).tolist()) == [*range(count)]
-    assert f"{len(kept)} images of celeba/; 1 classes: celeba\n" in done.stdout
+    assert f"{len(kept)} images of celeba/; 1 classes: images\n" in done.stdout
     assert project.names["ldm"].sample(1, 2).shape == (1, 3, 16, 16)
     shown = figures["interpolation.png"].axes[0].get_yticklabels() if pairs else []
     assert len(shown) == 2 * pairs and ("interpolation.png" in figures) == (pairs > 0)

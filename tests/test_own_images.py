@@ -1,5 +1,6 @@
 """A folder of images of one's own as DATASET: any kind of image, with classes or without."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -152,17 +153,32 @@ def test_large_images_are_shrunk_by_means_and_small_ones_are_enlarged(tmp_path):
 
 
 FOLDERS = {  # files and the class of each; None: not an image of the dataset
-    "flat": {"b.png": "cats", "a.jpg": "cats", "c.PNG": "cats"},
+    "flat": {"b.png": "images", "a.jpg": "images", "c.PNG": "images"},
     "deep": {"train/dog/1.png": "dog", "val/cow/1.png": "cow", "test/dog/3.png": "dog"},
-    "both": {"1.png": "cats", "dog/3.png": "dog", "ant/2.png": "ant"},
-    "hidden": {"a.png": "cats", ".b.png": None, "b.png": "cats", "sub/.c/d/c.png": None},
-    "clutter": {"a.png": "cats", "@eaDir/a.png": None, "b.png": "cats", "__MACOSX/b.png": None},
+    "both": {"1.png": "images", "dog/3.png": "dog", "ant/2.png": "ant"},
+    "hidden": {"a.png": "images", ".b.png": None, "b.png": "images", "sub/.c/d/c.png": None},
+    "clutter": {"a/1.png": "a", "@eaDir/a.png": None, "b/b.png": "b", "__MACOSX/b.png": None},
+    "no clutter": {"#recycled/1.png": "#recycled", "desktop.initial/2.png": "desktop.initial"},
     "split": {"train/dog/1.png": "dog", "test/dog/2.png": "dog", "Train/cat/in/3.png": "cat"},
+    "split without classes": {
+        "train/1.png": "images",
+        "train/2.png": "images",
+        "test/1.png": "images",
+    },
+    "split inside a class": {"cat/train/1.png": "cat", "cat/test/2.png": "cat"},
+    "split and a stray": {"train/cat/1.png": "cat", "test/dog/1.png": "dog", "logo.png": "images"},
+    "split, not all in classes": {
+        "train/cat/1.png": "cat",
+        "train/dog/2.png": "dog",
+        "train/3.png": "images",
+    },
+    "split and wrapped": {"train/images/cat/1.png": "cat", "test/images/dog/2.png": "dog"},
     "wrapped": {"Pets/Pets/cat/1.png": "cat", "Pets/Pets/dog/2.png": "dog"},
+    "one class": {"Pets/cat/1.png": "cat", "Pets/cat/2.png": "cat"},
     "sessions": {"ann/2019/1.png": "ann", "ann/2020/2.png": "ann", "bob/2019/3.png": "bob"},
     "vehicles": {"bus/1.png": "bus", "train/city/2.png": "train"},  # this train is a class
-    "results": {"1.png": "cats", "2.png": "cats", "out/samples.png": None},
-    "other kinds": {"1.gif": "cats", "2.jfif": "cats", "3.ico": "cats"},
+    "results": {"1.png": "images", "2.png": "images", "out/samples.png": None},
+    "other kinds": {"1.gif": "images", "2.jfif": "images", "3.ico": "images"},
 }
 
 
@@ -173,7 +189,7 @@ def test_the_class_of_an_image_is_its_folder(tmp_path, kind):
     folder = write_folder(tmp_path / ".data" / "cats", *classes)
     (folder / "empty.jpg").mkdir()  # a folder, in spite of its name
     if kind == "results":
-        torch.save({}, folder / "out" / "checkpoint.pt")
+        (folder / "out" / "denoising.gif").write_bytes(b"")
     for name in "README.txt", "Thumbs.db", "._b.png", "labels.csv":
         (folder / name).write_text("no image")
     images, labels, names = script.load_folder(folder, 8)
@@ -207,11 +223,11 @@ def test_images_that_do_not_fit_into_memory_end_with_one_line(tmp_path):
 
 
 def test_numbers_sort_as_numbers_and_letters_have_one_form(tmp_path):
-    names = [*(f"{i}" for i in range(1, 13)), "cafe\u0301", "photo 2", "photo 10"]
+    names = [*(f"{i}" for i in range(1, 13)), "cafe\u0301", "photo 2", "photo 10", "x01", "x1"]
     write_folder(tmp_path / "all", *(f"{name}/{i}.png" for name in names for i in range(2)))
     _, labels, found = script.load_folder(tmp_path / "all", 8)
-    assert found == [*names[:12], "caf\u00e9", "photo 2", "photo 10"]
-    assert labels.bincount().tolist() == [2] * 15
+    assert found == [*names[:12], "caf\u00e9", *names[13:]], "x01 and x1 in a fixed order, too"
+    assert labels.bincount().tolist() == [2] * 17
 
 
 def test_one_coloured_image_makes_all_of_them_coloured(tmp_path):
@@ -230,6 +246,10 @@ def test_one_coloured_image_makes_all_of_them_coloured(tmp_path):
         (np.full((9, 9), 257 * 90, np.int32), "x.tif", 90),
         (np.full((9, 9), 257 * 90, np.uint16), "x.png", 90),
         (np.full((9, 9), 4000, np.uint16), "x.png", None),  # 12 bits, or very dark: who knows?
+        (np.full((9, 9), 16_000, np.uint16), "x.png", None),  # 14 bits
+        (np.full((9, 9), 1.00001, np.float32), "x.tif", 255),
+        (np.full((9, 9), 1.5, np.float32), "x.tif", None),
+        (np.full((9, 9), 1, np.int32), "x.tif", 255),  # a mask
         (np.full((9, 9), -3, np.int32), "x.tif", None),
         (np.full((9, 9), np.nan, np.float32), "x.tif", None),
     ],
@@ -262,6 +282,33 @@ def test_what_cannot_be_read_is_named_at_once_and_left_out(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("Left out {'.png': 5, '.txt': 1, '.heic': 1}, not readable: ")
     assert all(f"broken_{i}.png (" in said for i in range(5)) and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_a_pipe_and_a_folder_without_permission_are_named(tmp_path, capsys, monkeypatch):
+    folder = write_folder(tmp_path / "cats", "a/1.png", "b/2.png", "c/3.png")
+    os.mkfifo(folder / "a" / "pipe.png")  # opening it would wait for ever
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("c"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    _, _, names = script.load_folder(folder, 8)
+    said = capsys.readouterr().out
+    assert names == ["a", "b"] and "pipe.png (no file)" in said and "Permission denied" in said
+
+
+def test_a_folder_of_results_is_named(tmp_path, capsys):
+    folder = write_folder(tmp_path / "cats", "a.png", "b.png", "out/samples.png")
+    (folder / "out" / "checkpoint.pt").write_bytes(b"")
+    assert len(script.load_folder(folder, 8)[0]) == 2
+    assert (
+        capsys.readouterr().out
+        == f"Left out {folder / 'out'}: it holds results of these scripts.\n"
+    )
 
 
 def test_a_sound_image_with_much_text_in_it_is_read(tmp_path, capsys):
@@ -318,7 +365,7 @@ def test_02_is_content_with_two_images_of_any_kind(project, figures):
     project.prepare("02_ddpm.py", DATASET="cats")
     done = project.run_here("02_ddpm.py")
     assert done.returncode == 0, done.stderr
-    assert "2 images of cats/; 1 classes: cats\n" in done.stdout
+    assert "2 images of cats/; 1 classes: images\n" in done.stdout
     path = project.folder_of("02_ddpm.py") / "checkpoint.pt"
     before, state = path.read_bytes(), project.state("02_ddpm.py")
     assert state["settings"]["IMAGE_SHAPE"] == (1, 16, 16) and state["seen"] == 2

@@ -256,12 +256,15 @@ def test_names_of_any_kind_are_shown_as_they_are(monkeypatch, real_figures):
     drawn = {}
     monkeypatch.setattr(visualize, "_save", lambda fig, path: drawn.update(fig=fig))
     names = ["cost $5", "$x_t$", "\U000f0000", "a name that is much wider than its image", "b"]
-    visualize.image_table({"row": torch.zeros(5, 1, 8, 8)}, "x.png", names, "Title " * 30)
+    names += ["0" * 200, "caf\udce9"]  # the latter is no Unicode
+    visualize.image_table({"row": torch.zeros(7, 1, 8, 8)}, "x.png", names, "Title " * 30)
     fig = drawn["fig"]
     fig.canvas.draw()
     labels = [label for label in fig.axes[0].get_xticklabels() if label.get_text()]
-    shown = [label.get_text().replace("\\$", "$") for label in labels]
-    assert shown == [*names[:2], "2: \U000f0000", *names[3:]]
+    shown = [label.get_text().replace("\\$", "$").replace("\n", " ") for label in labels]
+    assert shown[:5] == [*names[:2], "2: \U000f0000", *names[3:5]]
+    assert [name.replace(" ", "") for name in shown[5:]] == ["0" * 59 + "…", "caf?"]
+    assert fig.bbox.width < 4000 and fig.bbox.height < 1000
     boxes = [label.get_window_extent() for label in [*labels, fig._suptitle]]
     assert all(a.x1 < b.x0 for a, b in pairwise(boxes[:-1])), "names do not overlap"
     assert boxes[-1].x0 > 0 and boxes[-1].x1 < fig.bbox.width, "the title fits"

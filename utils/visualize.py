@@ -22,6 +22,7 @@ Papers
 import math
 import os
 import sys
+import textwrap
 from contextlib import suppress
 from functools import cache
 from itertools import pairwise
@@ -176,6 +177,11 @@ def _letters(text):
     return sum(1 + (east_asian_width(letter) in "WF") for letter in text)
 
 
+def _wrapped(name, width=16):
+    """Break a name into lines of at most `width` letters, of which wide ones count twice."""
+    return textwrap.fill(name, width // 2 if _letters(name) > len(name) else width)
+
+
 @cache
 def _charmap(file):
     return FT2Font(file).get_charmap().keys()
@@ -185,9 +191,13 @@ def _drawable(names):
     """Return names as matplotlib should draw them, and use a font that has their letters.
 
     `$` does not begin a formula. If no font here has all letters of a name, a number precedes it.
+    Of long names, the first 60 letters are shown.
     """
+    names = [name.encode(errors="replace").decode() for name in names]  # broken letters become "?"
+    names = [name if len(name) <= 60 else f"{name[:59]}…" for name in names]
     missing = {ord(letter) for letter in "".join(names)} - _charmap(findfont("DejaVu Sans"))
-    families = ["DejaVu Sans"]
+    families = [name for name in matplotlib.rcParams["font.family"] if name != "sans-serif"]
+    families = families or ["DejaVu Sans"]  # and those of earlier names in this figure
     for font in fontManager.ttflist if missing else ():
         if font.name[:11] != "Last Resort" and missing & _charmap(font.fname):  # it has boxes only
             families.append(font.name)
@@ -303,11 +313,18 @@ def image_table(rows, path, column_names=(), title="", note=""):
     lengths = {len(images) for images in rows.values()} | {len(column_names) or None} - {None}
     if len(lengths) != 1:
         raise ValueError(f"rows and column names differ in length: {sorted(lengths)}")
-    columns, longest = lengths.pop(), max(map(_letters, rows))
-    images = torch.cat([images.cpu() for images in rows.values()])
-    side = max(_inches(images), 0.08 * max(map(_letters, column_names), default=0) + 0.1)
-    fig = _figure(side * columns + 0.6 + 0.1 * longest, side * len(rows) + 1.1, title, note)
-    _show_tiles(fig.subplots(), images, columns, _drawable(column_names), _drawable(rows))
+    columns, images = lengths.pop(), torch.cat([images.cpu() for images in rows.values()])
+    row_names, column_names = _drawable(rows), [*map(_wrapped, _drawable(column_names))]
+    lines = [line for name in column_names for line in name.splitlines()]
+    side = max(_inches(images), 0.08 * max(map(_letters, lines), default=0) + 0.1)
+    width = side * columns + 0.6 + 0.1 * max(map(_letters, row_names))
+    height = (
+        side * len(rows)
+        + 1
+        + 0.15 * max((name.count("\n") + 1 for name in column_names), default=1)
+    )
+    fig = _figure(width, height, title, note)
+    _show_tiles(fig.subplots(), images, columns, column_names, row_names)
     return _save(fig, path)
 
 
