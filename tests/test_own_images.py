@@ -361,7 +361,7 @@ def test_02_is_content_with_two_images_of_any_kind(project, figures):
     """The same images elsewhere are the same; other images are refused, and nothing is lost."""
     (project.folder / "cats").mkdir()
     Image.new("LA", (30, 9), (200, 90)).save(project.folder / "cats" / "one.png")
-    Image.new("I;16", (5, 50), 9999).save(project.folder / "cats" / "other.png")
+    Image.new("I;16", (5, 50), 29_999).save(project.folder / "cats" / "other.png")
     project.prepare("02_ddpm.py", DATASET="cats")
     done = project.run_here("02_ddpm.py")
     assert done.returncode == 0, done.stderr
