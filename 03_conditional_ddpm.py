@@ -103,10 +103,8 @@ def read_image(file, size):
     if image.mode[0] in "IF":  # 16 or 32 bits per pixel, whole numbers or float
         values = np.asarray(image, np.float64)
         low, high = values.min(), values.max()
-        white = [
-            w for w in (1, 255, 65535) if low >= 0 and (w / 4 <= high <= 1.001 * w or high == 0)
-        ]
-        if not white:  # such as 12 bits in 16
+        white = [w for w in (1, 255, 65535) if w / 4 <= high <= 1.001 * w or high == 0]
+        if low < 0 or not white:  # such as 12 bits in 16
             raise ValueError(f"values from {low:g} to {high:g}: save it with 8 bits")
         image = Image.fromarray((values * 255 / white[0]).clip(0, 255).astype(np.uint8))
     image = image.convert("RGBA")
@@ -155,10 +153,11 @@ def load_folder(folder, size):
     if all((image == image[0]).all() for image in images):  # grey
         images = images[:, :1].clone()
     paths, default = [file.parent.relative_to(folder).parts for file in read], "images"
+    # Strip what all folders have in common, and splits, until their first parts are the classes.
     while heads := {path[0] for path in paths if path}:
         splits = {head for head in heads if head.lower() in SPLITS}
         if len(splits) < 2 and splits != heads and (len(heads) > 1 or not all(paths)):
-            break  # these are the classes
+            break
         default = default if splits else heads.copy().pop()
         paths = [path[1:] if {*path[:1]} & (splits or heads) else path for path in paths]
     labels = [unicodedata.normalize("NFC", path[0] if path else default) for path in paths]
