@@ -184,7 +184,7 @@ class SimpleDDPM:
         # that x_t may come from, a blur. So we go only to x_{t−1}. Two Gaussians say where it lies:
         # x_t/√α_t with variance β_t/α_t (Eq. 2), √ᾱ_{t−1} · x̂_0 with variance 1−ᾱ_{t−1} (Eq. 4).
         # Bayes' rule multiplies them: their mean, each weighed by 1 / variance, is Eq. 7, or with
-        # x̂_0 as above  1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ),  to which Alg. 2, line 4, adds σ_t · z.
+        # x̂_0 as above  1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ).  Alg. 2, line 4, adds σ_t · z to it.
         # At t = 500, noise of variance 0.922 becomes 0.911; z adds σ_t² = β_t = 0.010 (02: β̃_t).
         x_prev = (x_t - beta_t / (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_t.sqrt()
         if t > 0:  # line 3: not in the last step. Why z? Many x_{t−1} fit x_t; this draws one.

@@ -123,9 +123,6 @@ def load_folder(folder, size):
 
     C is 1 if all images are grey, otherwise 3. Links are followed. What cannot be read is left out,
     and so are results of these scripts, as a line says; hidden files and clutter are ignored.
-    The classes are the subfolders, or those of the only one, with everything below: `cat` and `dog`
-    of pets/cat/1.png and pets/dog/indoors/2.png. Subfolders called `train`, `test` and the like
-    are no classes, but contain them. Numbers sort as numbers.
     """
     files, read, left_out = [], [], {}
     walk = os.walk(folder, onerror=lambda e: left_out.update({e.filename: e}), followlinks=True)
@@ -158,8 +155,18 @@ def load_folder(folder, size):
     images = images[: len(read)]
     if all((image == image[0]).all() for image in images):  # grey
         images = images[:, :1].clone()
-    paths, default = [file.parent.relative_to(folder).parts for file in read], "images"
-    # Strip what all folders have in common, and splits, until their first parts are the classes.
+    return images, *find_classes([file.parent.relative_to(folder).parts for file in read])
+
+
+def find_classes(paths):
+    """Return the labels, int64 (N,), and names of the classes, given the folders of each image.
+
+    The classes are the subfolders, or those of the only one, with everything below: `cat` and `dog`
+    of pets/cat/1.png and pets/dog/indoors/2.png. Subfolders called `train`, `test` and the like
+    are no classes, but contain them. Images in no subfolder have the class `images`. Numbers sort
+    as numbers.
+    """
+    default = "images"
     while heads := {path[0] for path in paths if path}:
         splits = {head for head in heads if head.lower() in SPLITS}
         if len(splits) < 2 and splits != heads and (len(heads) > 1 or not all(paths)):
@@ -168,7 +175,7 @@ def load_folder(folder, size):
         paths = [path[1:] if {*path[:1]} & (splits or heads) else path for path in paths]
     labels = [unicodedata.normalize("NFC", path[0] if path else default) for path in paths]
     names = sorted({*labels}, key=lambda n: (re.sub("[0-9]+", lambda d: d[0].zfill(20), n), n))
-    return images, torch.tensor([names.index(label) for label in labels]), names
+    return torch.tensor([names.index(label) for label in labels]), names
 
 
 def load_dataset(name, folder, size):

@@ -13,10 +13,11 @@ def bars(values, path, title="", xlabel="", note="", other_from=None):
     ax, names = fig.subplots(), list(values)
     colours = [BLUE if i < (other_from or len(values)) else GREY for i in range(len(values))]
     means = [sum(numbers) / len(numbers) for numbers in values.values()]
-    drawn = ax.barh(names, means, color=colours)
-    ax.bar_label(drawn, fmt="%.2f", padding=14)
-    for name, numbers in values.items():
+    ax.barh(names, means, color=colours)
+    for name, mean, numbers in zip(names, means, values.values()):
         ax.plot(numbers, [name] * len(numbers), ".", color="black")
+        offset = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        ax.annotate(f"{mean:.1f}", (max(mean, *numbers), name), **offset)
     ax.invert_yaxis()
     ax.set(xlabel=xlabel, xlim=(0, 1.2 * max(max(numbers) for numbers in values.values())))
     return _save(fig, path)

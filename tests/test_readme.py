@@ -168,8 +168,12 @@ def test_files_named_are_those_that_the_scripts_leave():
 def test_tables_have_the_columns_of_the_benchmark():
     files = ROOT / "tests" / "benchmark.py", ROOT / "tests" / "ladder.py"
     text = "".join(file.read_text(encoding="utf-8") for file in files)
-    tables = re.findall(r"(?m)^\| (.+) \|\n\|---", MEASUREMENTS.split("**Which version")[1])
+    tables = re.findall(
+        r"(?m)^\| (.+) \|\n\|---", MEASUREMENTS.split("**Which version")[1].split("## On a GPU")[0]
+    )
     assert len(tables) > 6
     for header in tables:
+        if header.startswith("t | loss"):  # explains random_timesteps, once
+            continue
         for column in header.split(" | "):
             assert f'"{column.strip("| ")}"' in text, column
