@@ -268,7 +268,7 @@ def best_precision(device):
 def best_layout(device):
     """Return the memory layout that makes convolutions fast: the channels of a pixel together.
 
-    On two CPU cores, a network evaluation is 15 % faster. Apple's GPUs gave wrong results with it.
+    Apple's GPUs gave wrong results with it.
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
