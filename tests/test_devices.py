@@ -131,7 +131,8 @@ def test_a_gpu_gets_larger_settings_and_they_pass_the_checks(monkeypatch, tmp_pa
         large = load(path.name)
         assert large.ON_GPU and not small.ON_GPU
         for name in "BASE_CH", "NUM_BLOCKS", "EPOCHS", "BATCH_SIZE":
-            assert getattr(large, name) > getattr(small, name)
+            equal = path.name[:2] == "05" and name == "NUM_BLOCKS"  # latents are cheap
+            assert getattr(large, name) >= getattr(small, name) + (not equal)
             with inside(tmp_path):
                 assert large.check(vars(large))[0][name] == getattr(large, name)
 
