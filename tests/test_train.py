@@ -383,3 +383,30 @@ def test_samples_in_parts_are_all_there():
     images = script.sample_in_parts(sample, 7, 3, frames)
     assert images[:, 0, 0, 0].tolist() == [1, 1, 1, 2, 2, 2, 3]
     assert calls == [(3, frames), (3, None), (1, None)]
+
+
+def test_muon_is_jordans_for_each_matrix_by_itself():
+    """In float64, matrix by matrix, by the polynomial on singular values; equal shapes too."""
+    torch.manual_seed(0)
+    shapes = (6, 4), (6, 4), (4, 2, 3, 3), (4, 18), (5, 5)
+    weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    expected = [weight.detach().double().clone() for weight in weights]
+    averages = [torch.zeros_like(weight) for weight in expected]
+    muon = script.Muon(weights, lr=0.1)
+    for _ in range(3):
+        for i, weight in enumerate(weights):
+            weight.grad = torch.randn(shapes[i])
+            grad = weight.grad.double()
+            averages[i] = 0.95 * averages[i] + 0.05 * grad
+            nesterov = (0.05 * grad + 0.95 * averages[i]).flatten(1)
+            u, sigma, v = torch.linalg.svd(nesterov, full_matrices=False)
+            sigma = sigma / nesterov.norm()
+            for _ in range(5):
+                sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+            assert (sigma < 1.3).all()
+            rows, columns = nesterov.shape
+            step = 0.1 * max(1, rows / columns) ** 0.5 * u @ torch.diag(sigma) @ v
+            expected[i] -= step.view_as(expected[i])
+        muon.step()
+    for weight, ours in zip(expected, weights):
+        assert torch.allclose(weight.float(), ours, atol=1e-4)

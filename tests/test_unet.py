@@ -176,3 +176,30 @@ def test_lower_precision_changes_little_and_answers_in_float32():
 def test_precision_is_picked_by_the_hardware(monkeypatch, device, has_bfloat16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
     assert script.best_precision(torch.device(device)) == expected
+
+
+def test_a_block_is_what_its_docstring_says():
+    """Two convolutions, conditioned on t by a scale and a shift, and a shortcut."""
+    torch.manual_seed(0)
+    block = script.ResBlock(8, 16, 12, dropout=0.0)
+    torch.nn.init.normal_(block.conv_2.weight, std=0.1)
+    x, time = torch.randn(2, 8, 5, 5), torch.randn(2, 12)
+    silu, mean = torch.nn.functional.silu, lambda h: h.mean((2, 3, 4), keepdim=True)
+
+    def normed(h):  # groups of 8 channels
+        h = h.view(2, -1, 8, 5, 5)
+        return ((h - mean(h)) / (mean((h - mean(h)) ** 2) + 1e-5).sqrt()).flatten(1, 2)
+
+    scale, shift = block.time(time)[:, :16, None, None], block.time(time)[:, 16:, None, None]
+    h = block.conv_1(silu(normed(x)))
+    expected = block.shortcut(x) + block.conv_2(silu((1 + scale) * normed(h) + shift))
+    assert torch.allclose(block(x, time), expected, atol=1e-5)
+
+
+def test_skips_carry_the_detail_past_the_coarse_levels():
+    model = make_model()
+    for layer in model.grow:  # nothing comes up from below
+        for parameter in layer.parameters():
+            torch.nn.init.zeros_(parameter)
+    x_t, t = torch.randn(2, 1, 28, 28), torch.tensor([100, 200])
+    assert (model(x_t, t) - model(x_t + 0.1 * torch.randn_like(x_t), t)).abs().max() > 1e-3
