@@ -5,7 +5,7 @@
 
 Training and sampling are still the two algorithms of 01, and the network is 01's with more blocks.
 What is new is marked `NEW in 02`. tests/README.md shows what each addition except the clamp gains
-in equal training time:
+in equal training time; at this size, attention and averaged weights gain nothing there:
 
   cosine schedule    section 3   fewer steps are wasted on images that are almost pure noise
   attention          section 4   every part of an image takes the whole image into account
@@ -39,7 +39,7 @@ noise_pred        ε_θ(x_t, t)   (B, C, H, W)   the network's prediction of tha
 x_0_pred          x̂_0           (B, C, H, W)   the image that follows from this prediction
 t                 t             (B,)           0 ... T-1 (paper: 1 ... T); t = 0: after one step
 betas             β             (T,)           variance of the noise that a step adds; α = 1 - β
-alphas_cumprod    ᾱ             (T,)           product of the α up to t: image's share of variance
+alphas_cumprod    ᾱ             (T,)           product of the α up to t: the share left at step t
 alpha_bars        ᾱ             T + 1 floats   the same for an int t; [-1] is 1, the clean image's
 """
 

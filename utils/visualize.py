@@ -317,7 +317,7 @@ def image_table(rows, path, column_names=(), title="", note=""):
     row_names, column_names = _drawable(rows), [*map(_wrapped, _drawable(column_names))]
     lines = [line for name in column_names for line in name.splitlines()]
     side = max(_inches(images), 0.08 * max(map(_letters, lines), default=0) + 0.1)
-    width = side * columns + 0.6 + 0.1 * max(map(_letters, row_names))
+    width = side * columns + 0.6 + 0.08 * max(map(_letters, row_names))
     height = (
         side * len(rows)
         + 1
