@@ -61,9 +61,7 @@ def test_programs_that_the_readme_starts_run(project, monkeypatch, real_figures)
                 assert picture.width > (200 if saved.endswith(".gif") else 600)
                 assert np.asarray(picture.convert("L")).std() > 5
     pictures = sorted(path.name for path in project.folder.glob("outputs/*/*"))
-    names = (
-        "forward_process.png reverse_process.gif reverse_process.png schedules.png why_slerp.png"
-    )
+    names = "forward_process.png reverse_process.gif reverse_process.png why_slerp.png"
     assert pictures == names.split()
 
 

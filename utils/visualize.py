@@ -3,10 +3,10 @@
     python utils/visualize.py
 
 This command needs no training. It takes MNIST digits if `data/` has them, rendered ones otherwise,
-and leaves these figures in `outputs/visualize/`: how noise takes over an image
-(`forward_process.png`), how the linear noise schedule of DDPM differs from the cosine schedule of
-Improved DDPM (`schedules.png`), and how noise becomes data, for points in the plane, whose best
-possible denoiser is known (`reverse_process.png`, and as an animation `reverse_process.gif`).
+and leaves these figures in `outputs/visualize/`: how noise takes over an image, with the linear
+schedule of DDPM and the cosine schedule of Improved DDPM (`forward_process.png`), and how noise
+becomes data, for points in the plane, whose best possible denoiser is known (`reverse_process.png`,
+and as an animation `reverse_process.gif`).
 
 Nothing here is needed to understand diffusion: the algorithms are in the scripts, this file draws.
 Images are float tensors in [-1, 1] of shape (B, C, H, W), C = 1 or 3. Every figure is written to a
@@ -58,7 +58,6 @@ __all__ = [
     "reverse_process",
     "sample_grid",
     "save_results",
-    "schedule_comparison",
     "table",
     "timestep_losses",
     "training_task",
@@ -637,31 +636,26 @@ def _noised(x_0, alphas_cumprod, timesteps, seed):
 
 
 @matplotlib.rc_context(STYLE)
-def forward_process(x_0, alphas_cumprod, path, title="The forward process", note="", seed=0):
-    """Save images (B, C, H, W) in [-1, 1] as they drown in noise while t rises, one row each.
+def forward_process(x_0, path, T=1000, note="", seed=0):
+    """Save images x_0 (B, C, H, W) in [-1, 1] as they drown in noise, with either schedule.
 
-    alphas_cumprod: the schedule's ᾱ, float (T,).
+    Below them: ᾱ, the share of the image's variance that is left, and the signal-to-noise ratio.
     """
-    T = len(alphas_cumprod)
-    timesteps = np.linspace(0, T - 1, 11).round().astype(int).tolist()
-    rows = torch.cat([_noised(x, alphas_cumprod, timesteps, seed) for x in x_0])
-    names = [
-        f"t = {t}\n$\\sqrt{{\\bar\\alpha_t}}$ = {alphas_cumprod[t].sqrt():.3f}" for t in timesteps
-    ]
-    fig = _figure(10.5, 0.95 * len(x_0) + 1.2, title, note)
-    _show_tiles(fig.subplots(), rows, len(timesteps), names)
-    return _save(fig, path)
-
-
-@matplotlib.rc_context(STYLE)
-def schedule_comparison(x_0, path, T=1000, note="", seed=0):
-    """Save the linear against the cosine schedule: ᾱ, log-SNR, and x_0 (C, H, W) under both."""
     schedules = {
         "linear": (_linear_alphas_cumprod(T), ORANGE, "--"),
         "cosine": (_cosine_alphas_cumprod(T), BLUE, "-"),
     }
-    fig = _figure(9.5, 6.2, "Linear and cosine noise schedule", note)
-    axes = fig.subplot_mosaic([["left", "right"], ["images", "images"]], height_ratios=[3, 2.4])
+    title = "The forward process: noise drowns an image sooner with the linear schedule"
+    fig = _figure(10.5, 1.7 * len(x_0) + 3.6, title, note)
+    axes = fig.subplot_mosaic(
+        [["images", "images"], ["left", "right"]], height_ratios=[1.7 * len(x_0), 2.6]
+    )
+    tenths = 0, 0.5, 1, 2, 3, 4, 5, 6, 7, 8, 10
+    timesteps = [min(int(T * tenth / 10), T - 1) for tenth in tenths]
+    pairs = [(x, name) for x in x_0 for name in schedules]
+    rows = torch.cat([_noised(x, schedules[name][0], timesteps, seed) for x, name in pairs])
+    columns, names = [f"t = {t}" for t in timesteps], [name for _, name in pairs]
+    _show_tiles(axes["images"], rows, len(timesteps), columns, names)
     for name, (alphas_cumprod, colour, dash) in schedules.items():
         log_snr = (alphas_cumprod / (1 - alphas_cumprod)).log()
         axes["left"].plot(alphas_cumprod, color=colour, linestyle=dash, label=name)
@@ -671,10 +665,6 @@ def schedule_comparison(x_0, path, T=1000, note="", seed=0):
     axes["right"].set_ylabel(r"log SNR = $\log\ \bar\alpha_t\,/\,(1-\bar\alpha_t)$")
     axes["left"].legend()
     axes["right"].legend()
-    timesteps = np.linspace(0, T - 1, 11).round().astype(int).tolist()
-    rows = torch.cat([_noised(x_0, table, timesteps, seed) for table, _, _ in schedules.values()])
-    names = [f"t = {t}" for t in timesteps]
-    _show_tiles(axes["images"], rows, len(timesteps), names, list(schedules))
     return _save(fig, path)
 
 
@@ -799,14 +789,7 @@ if __name__ == "__main__":
     print(f"Images: {source}")
     note = f"{source}, T = 1000, seed 0"
     for saved in (
-        forward_process(
-            digits,
-            _linear_alphas_cumprod(),
-            folder / "forward_process.png",
-            title="The forward process: the same image with ever more noise",
-            note=f"{note}, linear schedule",
-        ),
-        schedule_comparison(digits[3], folder / "schedules.png", note=note),
+        forward_process(digits[2:4], folder / "forward_process.png", note=note),
         *reverse_process(folder / "reverse_process.png"),
     ):
         print(f"Saved {saved}")
