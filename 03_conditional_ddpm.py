@@ -7,7 +7,8 @@ The network also gets the class of the image: a learned vector for the class, it
 added to that of the step. One label in ten is withheld in training, so the same network also learns
 to predict noise without knowing the class. The sampler evaluates the network twice, without the
 label and with it, and extrapolates from the first prediction through the second: the images become
-more typical of their class, and less diverse.
+more typical of their class, and less diverse. To lose little diversity, it does so only in the
+middle of the way, where the digit takes shape.
 What is new since 02 is marked `NEW in 03`; `git diff --no-index 02_ddpm.py 03_conditional_ddpm.py`
 shows every changed line.
 
@@ -25,6 +26,8 @@ figures. The other definitions are 02's, to the last character.
 DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
 Improved DDPM = Nichol & Dhariwal 2021, arXiv:2102.09672
 CFG = Ho & Salimans 2022, Classifier-Free Diffusion Guidance, arXiv:2207.12598
+Kynkäänniemi et al. 2024, Applying Guidance in a Limited Interval Improves Sample and Distribution
+Quality in Diffusion Models, arXiv:2404.07724
 
 Code              Paper            Shape          Meaning (for other symbols see 02)
 labels            c                (B,)           the class of each image, 0 ... classes - 1
@@ -78,6 +81,8 @@ LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps u
 EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 90,000 steps
 P_UNCOND = 0.1  # NEW in 03: share of the labels withheld in training; CFG: 0.1 and 0.2 beat 0.5
 GUIDANCE_SCALE = 2.0  # NEW in 03: how strongly labels act; 0: ignored, 1: no guidance
+GUIDE_ABOVE = 0.3  # NEW in 03: guidance acts where t / T is at least this ...
+GUIDE_BELOW = 0.7  # NEW in 03: ... and below this: with 0 and 1, at every t
 SAMPLE_STEPS = 50  # NEW in 03: steps of sampling in the figures, 1 ... T; few are enough: see 04
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
 PREVIEW_EVERY = 5  # minutes between grids of samples
@@ -453,6 +458,18 @@ NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # 
 # %% 5. Loss and sampler
 
 
+def random_timesteps(n, T, device):
+    """NEW in 02. Return n random t, int64 (n,), 0 ... T - 1, large ones more often:  t = T · √u.
+
+    With uniform t, the fifth with t < 200 causes half of the loss and 96 % of the gradient (its
+    square; cosine schedule, MNIST), all of it about fine detail. What an image shows is settled at
+    larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
+    (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
+    """
+    u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
+    return (T * u.sqrt()).long().clamp(max=T - 1)
+
+
 class DDPM:
     """A network that predicts noise, with its noise schedule, its loss and its sampler.
 
@@ -488,21 +505,10 @@ class DDPM:
 
     def loss(self, x_0):
         """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1."""
-        t = self.random_timesteps(len(x_0))
+        t = random_timesteps(len(x_0), self.T, self.device)
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖²
-
-    def random_timesteps(self, n):
-        """NEW in 02. Return n random t, int64 (n,), large ones more often:  t = T · √u.
-
-        With uniform t, the fifth with t < 200 causes half of the loss and 96 % of the gradient (its
-        square; cosine schedule, MNIST), all of it about fine detail. What an image shows is settled
-        at larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
-        (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
-        """
-        u = (torch.arange(n, device=self.device) + torch.rand(n, device=self.device)) / n
-        return (self.T * u.sqrt()).long().clamp(max=self.T - 1)
 
     def predict_noise(self, x_t, t, *condition):
         """Return noise_pred (B, C, H, W), the noise in x_t at step t, an int."""
@@ -602,13 +608,19 @@ class GuidedDDPM(DDPM):
         # Each image loses its label with probability p_uncond.
         withheld = torch.rand(len(x_0), device=self.device) < self.p_uncond
         labels = labels.masked_fill(withheld, self.null_label)
-        t = self.random_timesteps(len(x_0))
+        t = random_timesteps(len(x_0), self.T, self.device)
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t, labels)
         return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t, c)‖²
 
-    def predict_noise(self, x_t, t, labels, guidance_scale):
-        """Return noise_pred (B, C, H, W), the noise in x_t at step t, an int, with guidance."""
+    def predict_noise(self, x_t, t, labels, guidance_scale, interval=(0, 1)):
+        """Return noise_pred (B, C, H, W), the noise in x_t at step t, an int, with guidance.
+
+        interval: the range of t / T in which a scale above 1 acts (Kynkäänniemi et al.). At larger
+        t, guidance makes images of a class alike; at smaller t, the digit is settled already.
+        """
+        if not interval[0] <= t / self.T < interval[1]:
+            guidance_scale = min(guidance_scale, 1)
         t = torch.full((len(x_t),), t, device=self.device)
         noise_cond = self.model(x_t, t, labels)
         if guidance_scale == 1:  # noise_uncond would cancel out
@@ -617,15 +629,17 @@ class GuidedDDPM(DDPM):
         # CFG Eq. 6:  (1 + w) · ε_θ(x_t, t, c) − w · ε_θ(x_t, t), the same as this with s = 1 + w.
         return noise_uncond + guidance_scale * (noise_cond - noise_uncond)
 
-    def sample(self, n=16, labels=None, guidance_scale=2.0, steps=None, frames=None):
+    def sample(
+        self, n=16, labels=None, guidance_scale=2.0, steps=None, frames=None, interval=(0.3, 0.7)
+    ):
         """Generate n images (n, C, H, W) in [-1, 1] with the guided prediction: CFG Algorithm 2.
 
         labels: as in `to_labels`. guidance_scale: has no effect without labels. steps, frames: as
-        in DDPM.
+        in DDPM. interval: as in `predict_noise`.
         """
         guidance_scale = 1 if labels is None else guidance_scale
         labels = to_labels(labels, n, self.class_names).to(self.device)
-        return super().sample(n, steps, frames, (labels, guidance_scale))
+        return super().sample(n, steps, frames, (labels, guidance_scale, interval))
 
 
 def to_labels(labels, n, class_names):
@@ -856,17 +870,18 @@ def sample_in_parts(sample, n, size, frames=None):
     return torch.cat([sample(m, frames=None if i else frames) for i, m in enumerate(parts)])
 
 
-def sample_classes(ddpm, labels, settings, guidance_scale=None, frames=None):
+def sample_classes(ddpm, labels, settings, guidance_scale=None, frames=None, interval=None):
     """NEW in 03. Return an image for each label; frames: of the first BATCH_SIZE images.
 
-    Every call starts from the same noise (SEED), so images differ only through label and scale.
+    Every call starts from the same noise (SEED), so images differ only through label and guidance.
     """
     scale = settings["GUIDANCE_SCALE"] if guidance_scale is None else guidance_scale
+    interval = interval or (settings["GUIDE_ABOVE"], settings["GUIDE_BELOW"])
     torch.manual_seed(settings["SEED"])
     parts = iter(torch.as_tensor(labels).split(settings["BATCH_SIZE"]))
 
     def sample(n, frames):
-        return ddpm.sample(n, next(parts), scale, settings["SAMPLE_STEPS"], frames)
+        return ddpm.sample(n, next(parts), scale, settings["SAMPLE_STEPS"], frames, interval)
 
     return sample_in_parts(sample, len(labels), settings["BATCH_SIZE"], frames)
 
@@ -892,14 +907,18 @@ def save_guidance(ddpm, settings, stage, folder, note):
     stage: (t, x_t, x_0_pred) of images of class 0, 1, 2 ...
     """
     names = ddpm.class_names[:10]
-    labels, scales = [*range(len(names))], (0, 1, 2, 3, 5, 7, 10)
-    rows = {f"s = {scale}": sample_classes(ddpm, labels, settings, scale) for scale in scales}
+    labels, rows = [*range(len(names))], {}
+    for scale in 0, 1, 2, 5, 10:
+        rows[f"s = {scale}"] = sample_classes(ddpm, labels, settings, scale)
+        if scale > 1:
+            everywhere = sample_classes(ddpm, labels, settings, scale, interval=(0, 1))
+            rows[f"s = {scale}, at every t"] = everywhere
     title = "The same noise at increasing guidance scales"
     image_table(rows, folder / "guidance.png", names, title, note)
     t, x_t, _ = stage
     i = min(3, len(labels) - 1, len(x_t) - 1)  # a 3, if the classes are digits
     x_t, label = x_t[i : i + 1], torch.tensor([i], device=ddpm.device)
-    predictions = {scale: ddpm.predict(x_t, t, label, scale) for scale in scales[:5]}
+    predictions = {scale: ddpm.predict(x_t, t, label, scale) for scale in (0, 1, 2, 3, 5)}
     title = f"The noise predicted in one x_t, t = {t}, without the label {names[i]} and with it"
     guidance_vectors(predictions, folder / "guidance_vectors.png", title, note)
 
@@ -935,6 +954,7 @@ FIXED += ("CLASS_NAMES",)  # NEW in 03
 LIMITS += (  # NEW in 03
     ("P_UNCOND", "a number", 0.001, 0.999),
     ("GUIDANCE_SCALE", "a number", 0, 1e6),
+    ("GUIDE_ABOVE GUIDE_BELOW", "a number", 0, 1),
     ("SAMPLE_STEPS", "a whole number", 1, T),
 )
 

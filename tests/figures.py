@@ -24,27 +24,34 @@ def bars(values, path, title="", xlabel="", note="", other_from=None):
 
 
 @matplotlib.rc_context(STYLE)
-def trade_off(scores, path, title="What guidance gives and what it takes", note=""):
-    """Save how accuracy, diversity and the Fréchet distance depend on the guidance scale.
+def trade_off(curves, path, title="Guidance makes digits surer, and less varied", note=""):
+    """Save how accuracy, quality, diversity and Fréchet distance depend on the guidance scale.
 
-    scores: {scale: {"read as asked", "recall", "spread", "Fréchet distance": number}}.
+    curves: {"where guidance acts": {scale: {"read as asked", "precision", "recall", "Fréchet
+    distance": number}}}, two of them; scales below 1 are left out.
     """
-    fig = _figure(9.5, 4.2, title, note)
+    fig = _figure(9.5, 4.4, title, note)
     left, right = fig.subplots(1, 2)
-    labels = {
-        "read as asked": "read as the digit that was asked for",
-        "spread": "spread within a digit (real images: 1)",
-        "recall": "recall: share of real images in reach",
-    }
-    for (name, label), colour, mark in zip(labels.items(), (ORANGE, BLUE, GREY), "os^"):
-        values = [score[name] for score in scores.values()]
-        left.plot(list(scores), values, mark + "-", color=colour, label=label)
-    left.set(title="Accuracy and diversity", xlabel="guidance scale", ylim=(0, 2))
-    left.legend(loc="upper right", fontsize=8)
-    distances = [score["Fréchet distance"] for score in scores.values()]
-    right.plot(list(scores), distances, "o-", color=BLUE)
-    right.set(title="Fréchet distance (lower is better)", xlabel="guidance scale")
+    for (where, scores), style in zip(curves.items(), ("-", "--")):
+        scales = sorted(scale for scale in scores if scale >= 1)
+
+        def plot(ax, name, colour, mark, scales=scales, scores=scores, style=style, where=where):
+            values = [scores[scale][name] for scale in scales]
+            label = f"{name}, {where}" if ax is left else where
+            ax.plot(scales, values, mark + style, color=colour, label=label)
+
+        plot(left, "read as asked", ORANGE, "o")
+        plot(left, "precision", "#009E73", "s")
+        plot(left, "recall", BLUE, "^")
+        plot(right, "Fréchet distance", "black", "o")
+        for ax in left, right:
+            ax.set_xticks(scales, [f"{scale:g}" for scale in scales], fontsize=8)
+            ax.set_xlabel("guidance scale")
+    left.set(title="Accuracy, quality (precision), diversity (recall)", ylim=(None, 1.01))
+    right.set(title="Fréchet distance (lower is better)")
     right.set_ylim(bottom=0)
+    for ax in left, right:
+        ax.legend(fontsize=8)
     return _save(fig, path)
 
 

@@ -142,6 +142,16 @@ def test_guidance_is_linear_in_the_two_predictions(scale):
         assert torch.equal(seen, wanted)
 
 
+@pytest.mark.parametrize("scale", [0, 0.5, 1, 3.0])
+def test_guidance_acts_only_in_the_interval(scale):
+    """Kynkäänniemi et al. 2024: outside it s = 1; s < 1, which mixes in no label, stays itself."""
+    ddpm, x_t = make(two_answers, T=20), torch.randn(4, 1, 2, 2)
+    for t in range(20):
+        noise_pred = ddpm.predict_noise(x_t, t, torch.arange(4), scale, (0.25, 0.6))
+        acting = scale if t in range(5, 12) else min(scale, 1)
+        assert torch.allclose(noise_pred, (0.7 - 0.4 * acting) * x_t, atol=1e-5)
+
+
 @pytest.mark.parametrize("steps", [None, 1, 7])
 @pytest.mark.parametrize("scale", [0, 1, 3.0])
 def test_sampling_is_that_of_02_with_the_guided_noise(scale, steps):
@@ -157,7 +167,7 @@ def test_sampling_is_that_of_02_with_the_guided_noise(scale, steps):
     )
     images, frames = [], []
     for sample in (
-        lambda: ddpm.sample(4, labels, scale, steps, frames),
+        lambda: ddpm.sample(4, labels, scale, steps, frames, interval=(0, 1)),
         lambda: plain.sample(4, steps),
     ):
         torch.manual_seed(3)

@@ -27,7 +27,7 @@ MORE_NONSENSE = {
     "LEARNING_RATE": [0, 2.0, math.inf, "0.02"],
     "DROPOUT EMA_DECAY P_UNCOND": [1.0, -0.5, ()],
     "GUIDANCE_SCALE KL_WEIGHT": [-0.5, math.inf, "3"],
-    "ETA": [1.5, -0.5],
+    "ETA GUIDE_ABOVE GUIDE_BELOW": [1.5, -0.5],
     "FLIP COMPILE": [0, 1, "no"],
     "SCHEDULE": ["sine", 1, []],
     "OUT_DIR": [[], 2.5],
