@@ -4,12 +4,14 @@
     torchrun --standalone --nproc_per_node=4 04_ddim_fast_sampling.py     # on 4 GPUs of one machine
 
 DDPM evaluates the network once for each of its 1000 steps. But training never asked for 1000 steps:
-it only fixed how much noise an image has at step t. So DDIM takes fewer steps, most of them longer:
-of 50, the first leads from t = 999 to 998, the last from t = 38 to the image. A number η sets how
-much new noise each step adds: with η = 1, as much as a DDPM with these steps; with η = 0, none.
-With η = 0, only the starting noise is random. So the same noise always gives the same image, the
-noise that leads to a real image can be found approximately, and interpolating between two noise
-samples gives images in between.
+it only fixed how much noise an image has at step t. So DDIM takes fewer, longer steps: of 50, the
+first leads from t = 999 to 979, the last from t = 19 to the image. A step goes to the predicted
+image and back to the smaller t by the predicted noise; it needs no new noise. Then only the
+starting noise is random: the same noise always gives the same image, the noise that leads to a real
+image can be found approximately, and interpolating between two noise samples gives images in
+between. That is the method of the paper (η = 0, even steps), and what `ddim_invert` goes back.
+Two options make better digits with this network, so they are the defaults of `ddim_sample`: new
+noise in each step, as much as in DDPM (η = 1), and steps that are shorter near the noise ("early").
 
 Network, training and DDPM's sampler are those of 02, to the last character. If 02 has left a
 checkpoint, 04 uses its network and trains nothing. What is new is marked `NEW in 04`: the class
@@ -447,6 +449,18 @@ NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # 
 # %% 5. Loss and sampler
 
 
+def random_timesteps(n, T, device):
+    """NEW in 02. Return n random t, int64 (n,), 0 ... T - 1, large ones more often:  t = T · √u.
+
+    With uniform t, the fifth with t < 200 causes half of the loss and 96 % of the gradient (its
+    square; cosine schedule, MNIST), all of it about fine detail. What an image shows is settled at
+    larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
+    (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
+    """
+    u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
+    return (T * u.sqrt()).long().clamp(max=T - 1)
+
+
 class DDPM:
     """A network that predicts noise, with its noise schedule, its loss and its sampler.
 
@@ -482,21 +496,10 @@ class DDPM:
 
     def loss(self, x_0):
         """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1."""
-        t = self.random_timesteps(len(x_0))
+        t = random_timesteps(len(x_0), self.T, self.device)
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖²
-
-    def random_timesteps(self, n):
-        """NEW in 02. Return n random t, int64 (n,), large ones more often:  t = T · √u.
-
-        With uniform t, the fifth with t < 200 causes half of the loss and 96 % of the gradient (its
-        square; cosine schedule, MNIST), all of it about fine detail. What an image shows is settled
-        at larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
-        (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
-        """
-        u = (torch.arange(n, device=self.device) + torch.rand(n, device=self.device)) / n
-        return (self.T * u.sqrt()).long().clamp(max=self.T - 1)
 
     def predict_noise(self, x_t, t, *condition):
         """Return noise_pred (B, C, H, W), the noise in x_t at step t, an int."""
@@ -569,15 +572,13 @@ class DDIM(DDPM):
         """Return steps + 1 timesteps from T - 1 down to -1, the clean image.
 
         spacing: "even" makes all steps equally long: 50 of 1000 are 999, 979 ... 39, 19, -1.
-        "early" makes the first ones short, those near the noise: 999, 998, 995 ... 75, 38, -1. With
-        the cosine schedule, the log of the signal-to-noise ratio changes fastest there: of 10 even
-        steps, the first would cover more than half of its range from t = T - 1 to 0. "late", like
-        DDIM D.2's quadratic spacing, makes the last ones short.
+        "early" makes the first ones short, those near the noise: 999, 998, 995 ... 75, 38, -1.
+        "late", like DDIM D.2's quadratic spacing, makes the last ones short.
         Raises ValueError unless steps is a whole number, 1 ... T.
         """
         if steps not in range(1, self.T + 1):
             raise ValueError(f"{steps!r} steps: it must be a whole number, 1 to T = {self.T}")
-        curves = {"early": lambda u: 1 - (1 - u) ** 2, "late": lambda u: u**2, "even": lambda u: u}
+        curves = {"even": lambda u: u, "early": lambda u: 1 - (1 - u) ** 2, "late": lambda u: u**2}
         # Each step is at least 1 long; the curve distributes the rest of T over the steps.
         rest, curve = self.T - steps, curves[spacing]
         return [i + round(rest * curve(i / steps)) - 1 for i in range(steps, -1, -1)]
@@ -595,19 +596,17 @@ class DDIM(DDPM):
         x_0_pred, noise_pred = self.predict(x_t, t)
         # The DDIM paper writes α for what is ᾱ in DDPM and here. Its τ_{i−1} is our t_prev.
         alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]
-        # DDIM Eq. 16:  σ_t = η · √((1−ᾱ_prev) / (1−ᾱ_t)) · √(1 − ᾱ_t/ᾱ_prev)
+        # First with η = 0, σ_t = 0. If image and noise are known, x_prev is q_sample at t_prev:
+        #   x_prev = √ᾱ_prev · x̂_0 + √(1−ᾱ_prev) · ε̂,  however far t_prev is from t.
+        # Nothing in it is random. As the steps get shorter, x_t approaches a smooth curve that its
+        # start determines, the solution of an ordinary differential equation (DDIM Eq. 14, there
+        # for x_t/√ᾱ_t).
+        # With η > 0, new noise of variance σ_t² replaces as much of the old, so that the sum is
+        # still 1 − ᾱ_prev. η = 1 renews as much as a DDPM with these steps would. DDIM Eq. 16:
+        #   σ_t = η · √((1−ᾱ_prev) / (1−ᾱ_t)) · √(1 − ᾱ_t/ᾱ_prev)
         sigma_t = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
         sigma_t = sigma_t * math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
-        # DDIM Eq. 12:  x_prev = √ᾱ_prev · x̂_0 + √(1−ᾱ_prev−σ_t²) · ε̂ + σ_t · new noise.
-        # Old and new noise together have the variance 1 − ᾱ_prev that belongs to t_prev, however
-        # far from t that is. η = 1 renews as much of the noise as a DDPM with these steps would.
-        # η = 0 renews nothing, so only the starting noise is random. As the steps get shorter, x_t
-        # then approaches a smooth curve that its start determines, the solution of an ordinary
-        # differential equation (DDIM Eq. 14, there for x_t/√ᾱ_t).
-        # With perfect predictions and short steps, the images are equally good for any η. But a
-        # network makes errors. η = 0 carries them on to the end; new noise covers them, and later
-        # steps, which see more of the image, can correct them (Karras et al. 2022,
-        # arXiv:2206.00364, section 4). tests/README.md measures both.
+        # DDIM Eq. 12:  x_prev = √ᾱ_prev · x̂_0 + √(1−ᾱ_prev−σ_t²) · ε̂ + σ_t · new noise
         x_prev = math.sqrt(alpha_bar_prev) * x_0_pred
         x_prev = x_prev + math.sqrt(1 - alpha_bar_prev - sigma_t**2) * noise_pred
         if sigma_t > 0:
