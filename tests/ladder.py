@@ -149,7 +149,7 @@ class Run:
     def loss(self, x_0):
         if self.recipe["t"] == "large" and self.recipe["predicts"] == "noise":
             return self.ddpm.loss(x_0)
-        t = self.ddpm.random_timesteps(len(x_0))
+        t = self.script.random_timesteps(len(x_0), self.ddpm.T, "cpu")
         if self.recipe["t"] == "uniform":
             t = torch.randint(self.ddpm.T, (len(x_0),))
         noise = torch.randn_like(x_0)

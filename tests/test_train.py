@@ -337,7 +337,9 @@ def test_the_figure_of_losses_shows_the_loss_at_each_timestep(tmp_path, monkeypa
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(torch, "randn_like", lambda x: noise)
     for timestep, error in zip(timesteps, errors):
-        monkeypatch.setattr(ddpm, "random_timesteps", lambda n, t=timestep: torch.full((n,), t))
+        monkeypatch.setattr(
+            script, "random_timesteps", lambda n, *_, t=timestep: torch.full((n,), t)
+        )
         assert error == pytest.approx(ddpm.loss(images).item(), rel=1e-3)
 
 
@@ -355,9 +357,7 @@ def test_the_figure_of_losses_shows_which_t_training_visits(tmp_path, monkeypatc
 @pytest.mark.parametrize("T", [2, 3, 1000])
 def test_large_t_come_more_often_and_each_batch_covers_them_all(T):
     """T · √u has the density 2t / T²; each n-th of a batch's t comes from an n-th of u."""
-    ddpm = diffusion()
-    ddpm.T = T
-    t = torch.stack([ddpm.random_timesteps(64) for _ in range(2000)])
+    t = torch.stack([script.random_timesteps(64, T, "cpu") for _ in range(2000)])
     assert t.dtype == torch.int64 and t.min() >= 0 and t.max() == T - 1
     for edge in {1, T // 2, T - 1}:
         share = (t < edge).double().mean().item()
@@ -370,7 +370,7 @@ def test_large_t_come_more_often_and_each_batch_covers_them_all(T):
 def test_the_largest_random_number_leads_to_the_last_t(monkeypatch):
     """Rounded, 64 times u may become 64."""
     monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
-    assert diffusion().random_timesteps(64).max() == 49
+    assert script.random_timesteps(64, 50, "cpu").max() == 49
 
 
 def test_samples_in_parts_are_all_there():
