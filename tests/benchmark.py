@@ -2,6 +2,7 @@
 
     python tests/benchmark.py            # all five, or e.g. `python tests/benchmark.py 02 04`
     python tests/benchmark.py ladder     # what each improvement of 02 is worth: see ladder.py
+    python tests/benchmark.py weights    # writes tests/weights from the runs of 02 and 03
 
 It runs each script as it is, unless it has a finished run of it, and prints the README's tables in
 Markdown. It needs Linux or macOS, MNIST in `data/` or a network to download it, and on two cores
@@ -54,7 +55,8 @@ from ladder import ladder  # noqa: E402
 from utils.visualize import image_table  # noqa: E402
 
 OUT_DIR = ROOT / "outputs" / "benchmark"
-SCALES = 0, 1, 2, 3, 5, 7, 10
+WEIGHTS = ROOT / "tests" / "weights"
+SCALES = 0, 1, 1.25, 1.5, 2, 3, 5  # of guidance in 03; 0 and 1 come first
 FEW = 10, 20, 50, 100  # steps of 04's samplers
 COUNT = 1000  # samples to score, and real images to compare them with
 SEED = 123  # of the samples' noise, and of the order of the real images
@@ -415,29 +417,38 @@ def benchmark_02(judge):
 def benchmark_03(judge):
     """Score 03 at several guidance scales, print a table and draw it; return its row, and samples.
 
-    In SAMPLE_STEPS steps, as in its figures: all T of them would take more than an hour.
+    In SAMPLE_STEPS steps, as in its figures: all T of them would take more than an hour. The labels
+    are those of 1,000 random training images, so each digit is as frequent as in MNIST.
     """
     script = SCRIPTS["03"]
     module = load(script)
     ddpm, state, digest = read_checkpoint(script, module.GuidedDDPM)
-    labels = torch.arange(COUNT) % 10
+    every_label = read_mnist(train=True)[1]
+    order = torch.randperm(len(every_label), generator=torch.Generator().manual_seed(SEED))
+    labels = every_label[order[:COUNT]]
+    steps, default, rows, curves = module.SAMPLE_STEPS, module.GUIDANCE_SCALE, [], {}
+    interval = module.GUIDE_ABOVE, module.GUIDE_BELOW
 
-    def guided(n, first, scale):
-        return ddpm.sample(n, labels[first : first + n], scale, steps)
+    def guided(n, first, scale=default, interval=interval):
+        return ddpm.sample(n, labels[first : first + n], scale, steps, interval=interval)
 
-    steps, default, rows, results = module.SAMPLE_STEPS, module.GUIDANCE_SCALE, [], {}
-    for scale in SCALES:
-        drawn = draw(f"03_{steps}_steps_scale_{scale:g}", digest, partial(guided, scale=scale))
-        results[scale] = judge.score(drawn, labels)
-        rows.append({"guidance scale": f"{scale:g}", **in_words(results[scale])})
-        if scale == default:
-            samples = drawn
+    inside = f"{interval[0]:g} ≤ t/T < {interval[1]:g}"
+    for where, some, scales in (inside, interval, SCALES), ("every t", (0, 1), SCALES[2:]):
+        for scale in scales:
+            name = f"03_{steps}_steps_scale_{scale:g}_{some[0]:g}_to_{some[1]:g}"
+            drawn = draw(name, digest, partial(guided, scale=scale, interval=some))
+            scores = curves.setdefault(where, {})[scale] = judge.score(drawn, labels)
+            acts = "" if scale <= 1 else where
+            rows.append({"guidance scale": f"{scale:g}", "acts at": acts, **in_words(scores)})
+            if (scale, some) == (default, interval):
+                samples = drawn
     print_table(f"What guidance gives and takes, {steps} steps", rows)
+    curves["every t"][1] = curves[inside][1]  # no guidance is the same everywhere
     note = f"MNIST, {COUNT:,} samples each, {steps} steps, seed {SEED}"
-    print(f"Saved {trade_off(results, OUT_DIR / 'guidance_trade_off.png', note=note)}")
-    scores = {k: v for k, v in results[default].items() if k != "spread"}
-    sampler, sample = f"DDPM, {steps} steps, scale {default:g}", partial(guided, scale=default)
-    return row_of(script, [state["averaged"]], sampler, sample, scores), samples
+    print(f"Saved {trade_off(curves, OUT_DIR / 'guidance_trade_off.png', note=note)}")
+    scores = {k: v for k, v in curves[inside][default].items() if k != "spread"}
+    sampler = f"DDPM, {steps} steps, scale {default:g}"
+    return row_of(script, [state["averaged"]], sampler, guided, scores), samples
 
 
 def benchmark_04(judge):
@@ -448,8 +459,8 @@ def benchmark_04(judge):
     output = run(script).get("output", "")
     rows, curves, default_name = [], {}, f"DDIM, η = {module.ETA:g}, early"
     samplers = [("DDPM", lambda n, _: ddim.sample(n), (ddim.T,))]
-    for spacing, steps in {"early": FEW, "even": FEW, "late": FEW[:2]}.items():
-        for eta in 1, 0:
+    for spacing, steps in {"even": FEW, "early": FEW, "late": FEW[:2]}.items():
+        for eta in 0, 1:
             sampler = partial(ddim.ddim_sample, eta=eta, spacing=spacing)
             samplers.append((f"DDIM, η = {eta}, {spacing}", sampler, steps))
         sampler = partial(ddim.dpm_solver_sample, spacing=spacing)
@@ -487,6 +498,7 @@ def benchmark_04(judge):
         five.append(f"{judge.score(again)['Fréchet distance']:.2f}")
     print(f"The default sampler of 04 with five seeds: Fréchet distance {', '.join(five)}")
     why_noise_helps(judge, ddim, digest)
+    why_early_steps_help(judge, ddim, digest)
     sampler = f"DDIM, {module.DDIM_STEPS} steps"
     row = row_of(script, [state["averaged"]], sampler, sample_by_default, default)
     return row, default_samples
@@ -548,6 +560,36 @@ def why_noise_helps(judge, ddim, digest, steps=50):
     scores = in_words(judge.score(images[:COUNT]))
     rows.append({"predictions of": "", "new noise": "1,000 of its images", **scores})
     print_table(f"Why new noise helps: {steps} early steps, η = 1 or 0", rows)
+
+
+def why_early_steps_help(judge, ddim, digest, steps=10):
+    """Print how good `steps` even steps are if the first x̂_0, magnified error, is left out.
+
+    In its place, the sampler gets the mean image, which is the best prediction from pure noise.
+    """
+    mean, rows = read_mnist(train=True)[0].mean(dim=0).to(ddim.device), []
+    from_mean = copy.copy(ddim)
+
+    def predict(x_t, t):
+        if t < ddim.T - 1:
+            return ddim.predict(x_t, t)
+        signal, spread = math.sqrt(ddim.alpha_bars[t]), math.sqrt(1 - ddim.alpha_bars[t])
+        return mean.expand_as(x_t), (x_t - signal * mean) / spread
+
+    from_mean.predict = predict
+    for eta in 0, 1:
+        for first, sampler, spacing in (
+            ("the network's", ddim, "even"),
+            ("the mean image", from_mean, "even"),
+            ("the network's", ddim, "early"),
+            ("the mean image", from_mean, "early"),
+        ):
+            file = f"04_first_{first}_{spacing}_{eta}".replace(" ", "_").replace("'", "")
+            sample = partial(sampler.ddim_sample, eta=eta, spacing=spacing)
+            samples = draw(file, digest, lambda n, _, sample=sample: sample(n, steps))
+            row = {"η": eta, "steps": f"{steps}, {spacing}", "first x̂_0": first}
+            rows.append({**row, **in_words(judge.score(samples))})
+    print_table("Why early steps help: the first prediction", rows)
 
 
 def training_cost(loss):
@@ -626,6 +668,27 @@ def benchmark_05(judge):
     return row_of(script, networks, f"DDIM, {steps} steps", sample, judge.score(samples)), samples
 
 
+def save_weights(judge):
+    """Write what tests/weights holds, in 16 bits: the networks of 02 and 03, and the classifier."""
+
+    def halved(weights):
+        return {k: w.half() if w.is_floating_point() else w for k, w in weights.items()}
+
+    files = {"classifier.pt": halved(judge.model.state_dict())}
+    for number in "02", "03":
+        path = folder_of(SCRIPTS[number]) / "checkpoint.pt"
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        kept_of_it = {name: state[name] for name in ("settings", "seen", "losses")}
+        kept_of_it["averaged"] = halved(state["averaged"])
+        files[f"{folder_of(SCRIPTS[number]).name}/checkpoint.pt"] = kept_of_it
+    for name, contents in files.items():
+        path = WEIGHTS / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(contents, path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes, sha256 {digest}")
+
+
 BENCHMARKS = dict(
     zip(SCRIPTS, (benchmark_01, benchmark_02, benchmark_03, benchmark_04, benchmark_05))
 )
@@ -642,9 +705,12 @@ def processor():
 if __name__ == "__main__":
     if sys.argv[1:] == ["ladder"]:
         sys.exit(ladder(sys.modules[__name__], Judge()))
+    if sys.argv[1:] == ["weights"]:
+        sys.exit(save_weights(Judge()))
     numbers = sys.argv[1:] or list(BENCHMARKS)
     if not set(numbers) <= set(BENCHMARKS):
-        sys.exit(f"Usage: python tests/benchmark.py ladder, or [{'] ['.join(BENCHMARKS)}]")
+        numbered = "] [".join(BENCHMARKS)
+        sys.exit(f"Usage: python tests/benchmark.py ladder, or weights, or [{numbered}]")
     for number in numbers:
         run(SCRIPTS[number])
     judge = Judge()

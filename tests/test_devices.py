@@ -167,3 +167,36 @@ def test_each_process_has_a_gpu_of_its_own_and_the_first_one_speaks(monkeypatch)
     with pytest.raises(SystemExit, match=r"^There are 2 GPUs here: use --nproc_per_node=2\.$"):
         join(2, 2, 2, 4)
     assert done == {"device": [], "backend": []}
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations for which a GPU starts at least one kernel; views only have a shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function._schema.returns
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in results)
+        self.count += not (is_view or "empty" in str(function) or "new_" in str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_training_step_on_a_gpu_launches_few_operations(tmp_path):
+    """A large GPU waits for the next operation rather than for its result.
+
+    With Muon matrix by matrix and averages weight by weight it was 5,254 for a network like this.
+    """
+    script, counts = load("02_ddpm.py"), []
+    network = (1, 28, 28), 64, (1 / 4, 1, 2), 2, (14,), 0.0, torch.bfloat16  # as on a GPU
+    settings = {"LEARNING_RATE": 0.02, "BATCH_SIZE": 2, "SEED": 0, "EMA_DECAY": 0.9999}
+    settings |= {"SAVE_EVERY": 1000, "PREVIEW_EVERY": 1000}
+    for steps in 2, 4:
+        model, x_0 = script.UNet(*network), torch.zeros(2, 1, 28, 28)
+        ddpm = script.DDPM(model, script.cosine_beta_schedule(1000), IMAGE, CPU)
+        with Launches() as launches:
+            settings["EPOCHS"], path = steps, tmp_path / f"{steps}.pt"
+            script.train(model, lambda index, d=ddpm, x=x_0: d.loss(x), 2, settings, (), path)
+        counts.append(launches.count)
+    assert 1000 < (counts[1] - counts[0]) / 2 < 1500
