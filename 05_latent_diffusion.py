@@ -5,16 +5,13 @@
 
 Most of an image's pixels say little. Stage 1 trains an autoencoder, a VAE, which turns an image
 into a small grid of numbers, its latents, and back: here 28 × 28 pixels into 4 × 8 × 8 latents, in
-Stable Diffusion 3 × 512 × 512 into 4 × 64 × 64. The VAE alone cannot generate: the latents of
-digits fill only a small part of N(0, 1), so pure noise does not decode to a digit. Stage 2 learns
-which part, by diffusion on the latents of all images. It uses the same U-Net, schedule, training
-and sampler as before, which are cheap on a grid of 8 × 8. The one difference is that the network
-predicts v, a mixture of noise and latents (`loss` says why). To sample, diffusion generates latents
-from noise, and the decoder turns them into an image.
-Stable Diffusion is named after Stability AI, which provided the computing time. Training on latents
-is stable because they are regularised (`vae_loss`) and scaled to the variance 1 that the noise
-schedule assumes (`encode_all`). Labels, guidance (03) and text (cross-attention, LDM section 3.3)
-are left out.
+Stable Diffusion 3 × 512 × 512 into 4 × 64 × 64. This VAE alone cannot generate: its KL term is
+weak, so the latents of digits fill only a small part of N(0, 1), and pure noise does not decode to
+a digit. Stage 2 learns which part, by diffusion on the latents of all images, scaled to fit the
+noise schedule (`encode_all`). It uses the same U-Net, schedule, training and sampler as before. The
+one difference is that the network predicts v, a mixture of noise and latents (`loss` says why). To
+sample, diffusion generates latents from noise, and the decoder turns them into an image.
+Labels, guidance (03) and text (cross-attention, LDM section 3.3) are left out.
 What is new is marked `NEW in 05`: read section 5, and in section 6 `loss`, `predict` and `sample`;
 section 9 puts the two stages together. U-Net and training are those of 02, the sampler that of 04.
 
@@ -83,17 +80,17 @@ IMAGE_SIZE = 64  # for a folder: its images are cropped and resized to squares o
 DOWNSAMPLE = 4  # NEW in 05: latents have 1/4 of the side of an image; 2, 4 or 8
 LATENT_CH = 4  # NEW in 05: channels of the latents; more: sharper, but harder to model
 VAE_CH = 32 if ON_GPU else 16  # NEW in 05: channels of the VAE at full size; more at coarser levels
-VAE_EPOCHS = 10 if ON_GPU else 2  # NEW in 05: times that an image is seen in stage 1
+VAE_EPOCHS = 10 if ON_GPU else 1  # NEW in 05: times that an image is seen in stage 1
 KL_WEIGHT = 0.002  # NEW in 05: pull of the latents towards N(0, 1); see vae_loss
 T = 1000  # noise steps in training; sampling takes DDIM_STEPS
 SCHEDULE = "cosine"  # how the noise grows: "cosine" (Improved DDPM) or "linear" (DDPM)
-BASE_CH = 128 if ON_GPU else 64  # channels of the U-Net; many, because they are cheap here
+BASE_CH = 128 if ON_GPU else 32  # channels of the U-Net
 CHANNEL_MULT = (1, 2)  # in multiples of BASE_CH; MNIST: 8 × 8 → 4 × 4 latents
 NUM_BLOCKS = 2  # residual blocks per level
 ATTENTION_AT = (8,)  # resolutions of the latents with self-attention; the middle always has it
 DROPOUT = 0.1 if DATASET == "CIFAR10" else 0.0  # regularisation for photographs
 FLIP = DATASET == "CIFAR10"  # mirror half of the images in stage 1; never digits
-EPOCHS = 100 if ON_GPU else 9  # times that a latent is seen in stage 2
+EPOCHS = 100 if ON_GPU else 15  # times that a latent is seen in stage 2
 BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs together
 LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps up
 EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 90,000 steps
