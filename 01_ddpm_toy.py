@@ -169,10 +169,9 @@ class SimpleDDPM:
         t = torch.randint(self.T, (len(x_0),), device=self.device)  # any step, for each image
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
-        # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖².  Why the square? The model should make the
-        # training images likely. A bound on that (Eq. 5) compares our step back with the true one
-        # given x_0. Both are Gaussians of fixed width, so what counts is the squared distance of
-        # their means (Eq. 8): this error times a factor (Eq. 12), dropped by Eq. 14 (section 3.4).
+        # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖².  Why the square? Training compares our step back
+        # with the true one given x_0 (Eq. 5). Both are Gaussians of fixed width, so means count:
+        # their squared distance (Eq. 8) is this error times a factor (Eq. 12), which Eq. 14 drops.
         return F.mse_loss(noise_pred, noise)
 
     def p_sample(self, x_t, t):
@@ -180,12 +179,13 @@ class SimpleDDPM:
         noise_pred = self.model(x_t, torch.full((len(x_t),), t, device=self.device))
         beta_t, alpha_t, alpha_bar_t = self.betas[t], self.alphas[t], self.alphas_cumprod[t]
         # Guess the image, move a little towards it, add fresh noise. Eq. 4 solved for x_0 (Eq. 15):
-        #   x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  The squared error makes it the mean of all x_0
-        # that x_t may come from, a blur. So we go only to x_{t−1}. Two Gaussians say where it lies:
-        # x_t/√α_t with variance β_t/α_t (Eq. 2), √ᾱ_{t−1} · x̂_0 with variance 1−ᾱ_{t−1} (Eq. 4).
-        # Bayes' rule multiplies them: their mean, each weighed by 1 / variance, is Eq. 7, or with
-        # x̂_0 as above  1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ).  Alg. 2, line 4, adds σ_t · z to it.
-        # At t = 500, noise of variance 0.922 becomes 0.911; z adds σ_t² = β_t = 0.010 (02: β̃_t).
+        #   x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  Training with the squared error makes x̂_0 the mean
+        # of all x_0 that x_t may come from, a blur. So we go only to x_{t−1}. Where is it?
+        #   around x_t/√α_t, with variance β_t/α_t      (Eq. 2, solved for x_{t−1}), and
+        #   around √ᾱ_{t−1} · x̂_0, with variance 1−ᾱ_{t−1}  (Eq. 4).
+        # Bayes' rule multiplies both Gaussians. Their mean, each weighed by 1 / variance (Eq. 7),
+        # with x̂_0 put in, is 1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ).  Algorithm 2, line 4, adds noise:
+        # at t = 500, this mean has noise of variance 0.911; β_t = 0.010 makes it 1−ᾱ_{t−1} again.
         x_prev = (x_t - beta_t / (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_t.sqrt()
         if t > 0:  # line 3: not in the last step. Why z? Many x_{t−1} fit x_t; this draws one.
             x_prev = x_prev + beta_t.sqrt() * torch.randn_like(x_t)

@@ -444,8 +444,8 @@ NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # 
 def random_timesteps(n, T, device):
     """NEW in 02. Return n random t, int64 (n,), 0 ... T - 1, large ones more often:  t = T · √u.
 
-    With uniform t, the fifth with t < 200 causes half of the loss and 96 % of the gradient (its
-    square; cosine schedule, MNIST), all of it about fine detail. What an image shows is settled at
+    DDPM draws t uniformly. Then the fifth with t < 200 causes half of 02's loss and 96 % of its
+    squared gradient norm (MNIST), all of it about fine detail. What an image shows is settled at
     larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
     (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
     """
@@ -487,7 +487,7 @@ class DDPM:
         return trained
 
     def loss(self, x_0):
-        """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1."""
+        """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1, other t."""
         t = random_timesteps(len(x_0), self.T, self.device)
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)

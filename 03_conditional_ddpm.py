@@ -7,8 +7,8 @@ The network also gets the class of the image: a learned vector for the class, it
 added to that of the step. One label in ten is withheld in training, so the same network also learns
 to predict noise without knowing the class. The sampler evaluates the network twice, without the
 label and with it, and extrapolates from the first prediction through the second: the images become
-more typical of their class, and less diverse. To lose little diversity, it does so only in the
-middle of the way, where the digit takes shape.
+more typical of their class, and less diverse. To lose less diversity, it does so only in the middle
+of the way, where the digit takes shape; before and after, the label alone acts.
 What is new since 02 is marked `NEW in 03`; `git diff --no-index 02_ddpm.py 03_conditional_ddpm.py`
 shows every changed line.
 
@@ -81,8 +81,8 @@ LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps u
 EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 90,000 steps
 P_UNCOND = 0.1  # NEW in 03: share of the labels withheld in training; CFG: 0.1 and 0.2 beat 0.5
 GUIDANCE_SCALE = 2.0  # NEW in 03: how strongly labels act; 0: ignored, 1: no guidance
-GUIDE_ABOVE = 0.3  # NEW in 03: guidance acts where t / T is at least this ...
-GUIDE_BELOW = 0.7  # NEW in 03: ... and below this: with 0 and 1, at every t
+GUIDE_ABOVE = 0.3  # NEW in 03: guidance acts where t / T is at least this (cosine schedule) ...
+GUIDE_BELOW = 0.7  # NEW in 03: ... and less than this; with 0 and 1, at every t
 SAMPLE_STEPS = 50  # NEW in 03: steps of sampling in the figures, 1 ... T; few are enough: see 04
 SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
 PREVIEW_EVERY = 5  # minutes between grids of samples
@@ -461,8 +461,8 @@ NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # 
 def random_timesteps(n, T, device):
     """NEW in 02. Return n random t, int64 (n,), 0 ... T - 1, large ones more often:  t = T · √u.
 
-    With uniform t, the fifth with t < 200 causes half of the loss and 96 % of the gradient (its
-    square; cosine schedule, MNIST), all of it about fine detail. What an image shows is settled at
+    DDPM draws t uniformly. Then the fifth with t < 200 causes half of 02's loss and 96 % of its
+    squared gradient norm (MNIST), all of it about fine detail. What an image shows is settled at
     larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
     (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
     """
@@ -504,7 +504,7 @@ class DDPM:
         return trained
 
     def loss(self, x_0):
-        """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1."""
+        """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1, other t."""
         t = random_timesteps(len(x_0), self.T, self.device)
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
@@ -603,7 +603,7 @@ class GuidedDDPM(DDPM):
     def loss(self, x_0, labels):
         """Return the loss of images x_0 (B, C, H, W) in [-1, 1] with class labels (B,).
 
-        DDPM Algorithm 1; labels are withheld as in CFG Algorithm 1.
+        As in DDPM; labels are withheld as in CFG Algorithm 1.
         """
         # Each image loses its label with probability p_uncond.
         withheld = torch.rand(len(x_0), device=self.device) < self.p_uncond
@@ -632,7 +632,7 @@ class GuidedDDPM(DDPM):
     def sample(
         self, n=16, labels=None, guidance_scale=2.0, steps=None, frames=None, interval=(0.3, 0.7)
     ):
-        """Generate n images (n, C, H, W) in [-1, 1] with the guided prediction: CFG Algorithm 2.
+        """Generate n images (n, C, H, W) in [-1, 1], guided in the interval: CFG Algorithm 2.
 
         labels: as in `to_labels`. guidance_scale: has no effect without labels. steps, frames: as
         in DDPM. interval: as in `predict_noise`.
@@ -931,7 +931,7 @@ def save_class_figures(ddpm, losses, settings, folder, note):
     rows = {name: samples[i :: len(names)] for i, name in enumerate(names)}
     title = f"What was asked for, guidance scale {settings['GUIDANCE_SCALE']}"
     image_table(rows, folder / "samples.png", (), title, note)  # with names, unlike save_results
-    save_guidance(ddpm, settings, frames[len(frames) // 8], folder, note)
+    save_guidance(ddpm, settings, frames[len(frames) // 2], folder, note)
     save_interpolation(ddpm, settings, folder, note)
 
 

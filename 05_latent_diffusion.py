@@ -8,9 +8,10 @@ into a small grid of numbers, its latents, and back: here 28 × 28 pixels into 4
 Stable Diffusion 3 × 512 × 512 into 4 × 64 × 64. This VAE alone cannot generate: its KL term is
 weak, so the latents of digits fill only a small part of N(0, 1), and pure noise does not decode to
 a digit. Stage 2 learns which part, by diffusion on the latents of all images, scaled to fit the
-noise schedule (`encode_all`). It uses the same U-Net, schedule, training and sampler as before. The
-one difference is that the network predicts v, a mixture of noise and latents (`loss` says why). To
-sample, diffusion generates latents from noise, and the decoder turns them into an image.
+noise schedule (`encode_all`). It uses the same U-Net, schedule, training and sampler as before. But
+the network predicts v, a mixture of noise and latents, because latents have no range to which
+predictions could be clamped (`loss` says more). To sample, diffusion generates latents from noise,
+and the decoder turns them into an image.
 Labels, guidance (03) and text (cross-attention, LDM section 3.3) are left out.
 What is new is marked `NEW in 05`: read section 5, and in section 6 `loss`, `predict` and `sample`;
 section 9 puts the two stages together. U-Net and training are those of 02, the sampler that of 04.
@@ -586,8 +587,8 @@ def encode_all(vae, images, batch_size):
     # LDM appendix G:  z ← z / σ̂. One σ̂ for all values, from all images (the paper takes the first
     # batch). Centres and clouds both count:  σ̂² = Var[μ] + E[σ²].
     # Why? If latents have variance 1, so does z_t at every t, and signal and noise are equally
-    # strong at t = 496 of 1000 (cosine). If latents were ten times as large, that point would be at
-    # t = 936: training would mostly see nearly clean latents, and the first few steps of sampling
+    # strong at t = 495 of 1000 (cosine). If latents were ten times as large, that point would be at
+    # t = 935: training would mostly see nearly clean latents, and the first few steps of sampling
     # would decide everything.
     # Does the KL term not lead to variance 1 by itself? Averaged over all images, the term is
     # smallest there, and a decoder can undo any stretching of the latents. But how close training
@@ -607,8 +608,8 @@ AUTOENCODER = "VAE_CH", "LATENT_CH", "DOWNSAMPLE"  # the constants after the sha
 def random_timesteps(n, T, device):
     """NEW in 02. Return n random t, int64 (n,), 0 ... T - 1, large ones more often:  t = T · √u.
 
-    With uniform t, the fifth with t < 200 causes half of the loss and 96 % of the gradient (its
-    square; cosine schedule, MNIST), all of it about fine detail. What an image shows is settled at
+    DDPM draws t uniformly. Then the fifth with t < 200 causes half of 02's loss and 96 % of its
+    squared gradient norm (MNIST), all of it about fine detail. What an image shows is settled at
     larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
     (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
     """
@@ -656,7 +657,7 @@ class LatentDiffusion:
         v_pred = self.model(q_sample(z_0, t, noise, self.alphas_cumprod), t)
         # NEW in 05: the network does not predict ε, as LDM Eq. 2 has it, but
         #   v = √ᾱ_t · ε − √(1−ᾱ_t) · z_0  (Salimans & Ho, section 4),
-        # nearly ε where there is little noise, nearly −z_0 where there is little else. We get back
+        # nearly ε where there is little noise, nearly −z_0 where there is hardly anything else. So
         #   ẑ_0 = √ᾱ_t · z_t − √(1−ᾱ_t) · v̂,
         # and no error of v̂ is magnified. With ε_θ, ẑ_0 = (z_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t, and at
         # t = T - 1 the cosine schedule has 1/√ᾱ_t = 20,000. For pixels, clamping x̂_0 limits these

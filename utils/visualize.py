@@ -162,7 +162,7 @@ STYLE = {
 
 def _figure(width, height, title, note=""):
     """An empty figure (inches) with a title and, in small grey letters below, what was run."""
-    title, note = _drawable([title, note])
+    title, note = _drawable([title, note], longest=200)
     width = max(width, 0.1 * _letters(title) + 0.3, 0.065 * _letters(note) + 0.3)
     fig = Figure(figsize=(width, height))
     fig.suptitle(title, fontsize=13)
@@ -186,14 +186,14 @@ def _charmap(file):
     return FT2Font(file).get_charmap().keys()
 
 
-def _drawable(names):
+def _drawable(names, longest=60):
     """Return names as matplotlib should draw them, and use a font that has their letters.
 
     `$` does not begin a formula. If no font here has all letters of a name, a number precedes it.
-    Of long names, the first 60 letters are shown.
+    Of long names, the first letters are shown.
     """
     names = [name.encode(errors="replace").decode() for name in names]  # broken letters become "?"
-    names = [name if len(name) <= 60 else f"{name[:59]}…" for name in names]
+    names = [n if len(n) <= longest else f"{n[: longest - 1]}…" for n in names]
     missing = {ord(letter) for letter in "".join(names)} - _charmap(findfont("DejaVu Sans"))
     families = [name for name in matplotlib.rcParams["font.family"] if name != "sans-serif"]
     families = families or ["DejaVu Sans"]  # and those of earlier names in this figure
@@ -718,7 +718,7 @@ BELOW = {  # what to see in the panels of `reverse_process`
     350: "Less noise: an x_t may come from several\narms, and their mean lies between them.",
     150: "From outside, arrows end on the spiral.\nBetween two arms, x̂_0 still hesitates.",
     20: "Little noise: the arrows are too short to see.",
-    "three paths": "From noise (blue) to the spiral (black):\n"
+    "three paths": "From noise (blue) to end points (black):\n"
     "first the fresh noise decides, then x̂_0.",
     "200 steps": "1,000 samples cover the whole spiral.",
     "without fresh noise": "200 steps that add no noise: too little\n"
