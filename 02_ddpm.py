@@ -762,7 +762,8 @@ def save_figures(ddpm, losses, images, settings, folder, note):
     save_results(folder, samples, frames, losses, note)
     nearest_images(samples[:12], images, folder / "nearest.png", note=note)
     some = to_batch(images[: min(64, settings["BATCH_SIZE"])])
-    timestep_losses(ddpm, some, folder / "loss_per_timestep.png", note=note)
+    visits = random_timesteps(10**6, ddpm.T, ddpm.device)
+    timestep_losses(ddpm, some, visits, folder / "loss_per_timestep.png", note=note)
 
 
 # %% 8. Run

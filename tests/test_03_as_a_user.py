@@ -39,7 +39,7 @@ def test_from_start_to_pictures(project, trained, real_figures):
 
 def test_another_scale_needs_no_other_training_and_more_epochs_do(project, figures):
     lay_colours(project, {"black": (0, 0, 0), "white": (255, 255, 255)}, count=22)
-    project.prepare(SCRIPT, DATASET="my images", IMAGE_SIZE=8)
+    project.prepare(SCRIPT, DATASET="my images", IMAGE_SIZE=8, GUIDE_ABOVE=0, GUIDE_BELOW=1)
     assert project.run_here(SCRIPT).returncode == 0
     path, names = project.folder_of(SCRIPT) / "checkpoint.pt", ("samples.png", "guidance.png")
     before, shown = path.read_bytes(), [pixels_of(figures[name]) for name in names]

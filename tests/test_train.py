@@ -331,7 +331,8 @@ def test_the_figure_of_losses_shows_the_loss_at_each_timestep(tmp_path, monkeypa
     ddpm, images = diffusion(), torch.rand(64, 1, 8, 8) * 2 - 1
     torch.nn.init.normal_(ddpm.model.eval().conv_out.weight, std=0.1)
     monkeypatch.setattr(visualize, "_save", lambda fig, path: fig)
-    lines = visualize.timestep_losses(ddpm, images, tmp_path, count=5).axes[0].lines
+    visits = torch.arange(50)
+    lines = visualize.timestep_losses(ddpm, images, visits, tmp_path, count=5).axes[0].lines
     timesteps, errors = lines[0].get_data()
     assert [*timesteps] == [5, 15, 25, 35, 45]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
@@ -347,7 +348,8 @@ def test_the_figure_of_losses_shows_which_t_training_visits(tmp_path, monkeypatc
     ddpm = diffusion()
     monkeypatch.setattr(visualize, "_save", lambda fig, path: fig)
     monkeypatch.setattr(ddpm, "predict_noise", lambda x_t, t: torch.zeros_like(x_t))
-    right = visualize.timestep_losses(ddpm, torch.zeros(2, 1, 8, 8), tmp_path, count=5).axes[1]
+    x_0, visits = torch.zeros(2, 1, 8, 8), script.random_timesteps(10**6, 50, "cpu")
+    right = visualize.timestep_losses(ddpm, x_0, visits, tmp_path, count=5).axes[1]
     shares = {line.get_label(): line.get_ydata() for line in right.lines}
     assert shares["uniform t: visits"] == pytest.approx([20] * 5)
     assert shares["02: visits"] == pytest.approx([4, 12, 20, 28, 36], abs=0.5)

@@ -449,10 +449,10 @@ def loss_curve(losses, path, title="Training loss", note=""):
 
 @torch.no_grad()
 @matplotlib.rc_context(STYLE)
-def timestep_losses(ddpm, x_0, path, title="Which t training learns from", note="", count=40):
+def timestep_losses(ddpm, x_0, visits, path, title="What training learns from", note="", count=40):
     """Save the loss of x_0 (B, C, H, W) at up to `count` timesteps, and its share in training.
 
-    ddpm: has T, alphas_cumprod, predict_noise(x_t, t), and random_timesteps(n) as in training.
+    ddpm: has T, alphas_cumprod and predict_noise(x_t, t). visits: many t, drawn as in training.
     """
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0.device)
     count = min(count, ddpm.T)  # equal parts of 0 ... T - 1, and the t in the middle of each
@@ -461,8 +461,7 @@ def timestep_losses(ddpm, x_0, path, title="Which t training learns from", note=
     for t, alpha_bar_t in zip(timesteps, ddpm.alphas_cumprod[timesteps]):
         x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * noise  # DDPM Eq. 4
         losses.append((noise - ddpm.predict_noise(x_t, t)).square().mean().item())
-    visits = ddpm.random_timesteps(10**6).cpu()
-    counts, _ = np.histogram(visits, bins=count, range=(0, ddpm.T))
+    counts, _ = np.histogram(visits.cpu(), bins=count, range=(0, ddpm.T))
     fig = _figure(9.5, 4.2, title, note)
     left, right = fig.subplots(1, 2)
     left.plot(timesteps, losses, ".-", color=BLUE)
