@@ -179,12 +179,12 @@ class SimpleDDPM:
         noise_pred = self.model(x_t, torch.full((len(x_t),), t, device=self.device))
         beta_t, alpha_t, alpha_bar_t = self.betas[t], self.alphas[t], self.alphas_cumprod[t]
         # Guess the image, move a little towards it, add fresh noise. Eq. 4 solved for x_0 (Eq. 15):
-        #   x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  Training with the squared error makes x̂_0 the mean
-        # of all x_0 that x_t may come from, a blur. So we go only to x_{t−1}. Where is it?
-        #   around x_t/√α_t, with variance β_t/α_t      (Eq. 2, solved for x_{t−1}), and
-        #   around √ᾱ_{t−1} · x̂_0, with variance 1−ᾱ_{t−1}  (Eq. 4).
+        #   x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  Training with squared error makes it the mean of
+        # all x_0 that x_t may come from, a blur. So we go only to x_{t−1}. Where is it?
+        #   around x_t/√α_t, with variance β_t/α_t (Eq. 2, solved for x_{t−1}), and
+        #   around √ᾱ_{t−1} · x̂_0, with variance 1−ᾱ_{t−1} (Eq. 4).
         # Bayes' rule multiplies both Gaussians. Their mean, each weighed by 1 / variance (Eq. 7),
-        # with x̂_0 put in, is 1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ).  Algorithm 2, line 4, adds noise:
+        # with x̂_0 put in, is 1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ).  Algorithm 2, line 4, adds z:
         # at t = 500, this mean has noise of variance 0.911; β_t = 0.010 makes it 1−ᾱ_{t−1} again.
         x_prev = (x_t - beta_t / (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_t.sqrt()
         if t > 0:  # line 3: not in the last step. Why z? Many x_{t−1} fit x_t; this draws one.
