@@ -573,7 +573,8 @@ class DDIM(DDPM):
         """Return steps + 1 timesteps from T - 1 down to -1, the clean image.
 
         spacing: "even" makes all steps equally long: 50 of 1000 are 999, 979 ... 39, 19, -1.
-        "early" makes the first ones short, those near the noise: 999, 998, 995 ... 75, 38, -1.
+        "early" makes the first ones short, those near the noise: 999, 998, 995 ... 75, 38, -1. The
+        first x̂_0 is mostly magnified error (1/√ᾱ_t is 20,000), which a long step would carry on.
         "late", like DDIM D.2's quadratic spacing, makes the last ones short.
         Raises ValueError unless steps is a whole number, 1 ... T.
         """
@@ -607,6 +608,9 @@ class DDIM(DDPM):
         #   σ_t = η · √((1−ᾱ_prev) / (1−ᾱ_t)) · √(1 − ᾱ_t/ᾱ_prev)
         sigma_t = eta * math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
         sigma_t = sigma_t * math.sqrt(1 - alpha_bar_t / alpha_bar_prev)
+        # η = 1 makes the better digits here: with η = 0, the network's errors stay to the end; new
+        # noise probably covers them, so that later steps, which see more of the image, correct them
+        # (Karras et al. 2022, arXiv:2206.00364, section 4). tests/README.md measures both.
         # DDIM Eq. 12:  x_prev = √ᾱ_prev · x̂_0 + √(1−ᾱ_prev−σ_t²) · ε̂ + σ_t · new noise
         x_prev = math.sqrt(alpha_bar_prev) * x_0_pred
         x_prev = x_prev + math.sqrt(1 - alpha_bar_prev - sigma_t**2) * noise_pred
