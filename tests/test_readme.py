@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import conftest
 import numpy as np
@@ -113,7 +112,7 @@ def test_snippets_run(project, monkeypatch, capsys, script):
 
 
 def test_a_7_without_training(project, monkeypatch):
-    """The first snippet, as a program in a fresh copy; `trained` networks are read, none trained."""
+    """The first snippet, as a program in a fresh copy of the repository."""
     (snippet,) = blocks("python", section("Run it"))
     (project.folder / "snippet.py").write_text(snippet, encoding="utf-8")
     shutil.copytree(ROOT / "tests" / "weights", project.folder / "tests" / "weights")
