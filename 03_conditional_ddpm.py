@@ -931,7 +931,7 @@ def save_class_figures(ddpm, losses, settings, folder, note):
     rows = {name: samples[i :: len(names)] for i, name in enumerate(names)}
     title = f"What was asked for, guidance scale {settings['GUIDANCE_SCALE']}"
     image_table(rows, folder / "samples.png", (), title, note)  # with names, unlike save_results
-    save_guidance(ddpm, settings, frames[len(frames) // 2], folder, note)
+    save_guidance(ddpm, settings, frames[len(frames) * 3 // 10], folder, note)
     save_interpolation(ddpm, settings, folder, note)
 
 
