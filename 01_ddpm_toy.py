@@ -7,7 +7,7 @@ After 1000 steps only noise is left. Ruining a picture is easy; the way back mus
 Training: give a picture the noise of a random number of steps, let a neural network predict that
 noise, and adjust the network to reduce its error. Repeat this with all the pictures (`loss`).
 Sampling: start from pure noise. 1000 times, predict the noise, remove a little of it, and add a
-little fresh noise (`p_sample`). What is left at the end is a picture that nobody has ever drawn.
+little fresh noise (`p_sample`). What is left at the end is a new picture.
 
 Schedule, loss and sampler are the paper's, line by line; network and training are simpler. Read
 sections 3 to 5 of this file, skim the rest. After `python -i 01_ddpm_toy.py`: `ddpm.sample(n=16)`.

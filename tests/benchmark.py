@@ -486,17 +486,21 @@ def benchmark_04(judge):
     print_table("The samplers of 04", rows)
     note = f"MNIST, {COUNT:,} samples each, seed {SEED}"
     (distance,) = curves.pop("DDPM").values()
-    reference, picture = (f"DDPM, {ddim.T} steps", distance), OUT_DIR / "samplers.png"
-    print(f"Saved {quality_by_steps(curves, reference, picture, note=note)}")
 
     def sample_by_default(n, _):
         return ddim.ddim_sample(n, module.DDIM_STEPS, module.ETA)
 
-    five = [f"{default['Fréchet distance']:.2f}"]
+    five = [default["Fréchet distance"]]
     for seed in range(SEED + 1, SEED + 5):
         again = draw(f"04_default_seed_{seed}", digest, sample_by_default, seed=seed)
-        five.append(f"{judge.score(again)['Fréchet distance']:.2f}")
-    print(f"The default sampler of 04 with five seeds: Fréchet distance {', '.join(five)}")
+        five.append(judge.score(again)["Fréchet distance"])
+    drawn = ", ".join(f"{distance:.2f}" for distance in five)
+    print(f"The default sampler of 04 with five seeds: Fréchet distance {drawn}")
+    early = {name.removesuffix(", early"): c for name, c in curves.items() if "early" in name}
+    real = judge.score_real()["Fréchet distance"]
+    levels = {f"DDPM, {ddim.T} steps": distance, "real test images": real}
+    picture, draws = OUT_DIR / "samplers.png", (module.DDIM_STEPS, five[1:])
+    print(f"Saved {quality_by_steps(early, levels, draws, picture, note=f'{note}, early steps')}")
     why_noise_helps(judge, ddim, digest)
     why_early_steps_help(judge, ddim, digest)
     sampler = f"DDIM, {module.DDIM_STEPS} steps"

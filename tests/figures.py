@@ -56,21 +56,20 @@ def trade_off(curves, path, title="Guidance makes digits surer, and less varied"
 
 
 @matplotlib.rc_context(STYLE)
-def quality_by_steps(curves, reference, path, title="Quality against cost", note=""):
+def quality_by_steps(curves, levels, draws, path, title="Few steps are enough", note=""):
     """Save how the Fréchet distance of samplers falls with the network evaluations per image.
 
-    curves: {"sampler, spacing": {evaluations: distance}}; a sampler has one colour, a spacing one
-    style. reference: (name, distance), drawn across.
+    curves: {"sampler": {evaluations: distance}}, up to three. levels: {"name": distance}, drawn
+    across. draws: evaluations, and the distances of several draws with them.
     """
     fig = _figure(9.5, 5, title, note)
     ax = fig.subplots()
-    colours, styles = {}, {}
-    for name, curve in curves.items():
-        sampler, _, spacing = name.rpartition(", ")
-        colour = colours.setdefault(sampler, (BLUE, ORANGE, "#009E73")[len(colours) % 3])
-        style = styles.setdefault(spacing, ("o-", "s--", "^:")[len(styles) % 3])
-        ax.plot(list(curve), list(curve.values()), style, color=colour, label=name)
-    ax.axhline(reference[1], color=GREY, linestyle="--", label=reference[0])
+    for (name, curve), colour in zip(curves.items(), (BLUE, ORANGE, "#009E73")):
+        ax.plot(list(curve), list(curve.values()), "o-", color=colour, label=name)
+    evaluations, distances = draws
+    ax.plot([evaluations] * len(distances), distances, "_", color="black", label="other draws")
+    for (name, distance), style in zip(levels.items(), ("--", ":")):
+        ax.axhline(distance, color=GREY, linestyle=style, label=name)
     ticks = sorted({evaluations for curve in curves.values() for evaluations in curve})
     ax.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Fréchet distance")
     ax.set_xticks(ticks, ticks)
@@ -78,5 +77,5 @@ def quality_by_steps(curves, reference, path, title="Quality against cost", note
     low, high = ax.get_ylim()
     heights = [height for height in (1, 2, 5, 10, 20, 50, 100, 200) if low < height < high]
     ax.set_yticks(heights, heights)
-    ax.legend()
+    ax.legend(loc=(0.02, 0.1))
     return _save(fig, path)

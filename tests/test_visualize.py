@@ -327,7 +327,7 @@ IMAGES, ALPHAS_CUMPROD = torch.zeros(3, 3, 8, 8), torch.linspace(0.99, 0.01, 50)
         (visualize.latent_scaling, lambda v: (torch.linspace(-3, 3, 99), v, ALPHAS_CUMPROD)),
         (trade_off, lambda v: (scores(v),)),
         (bars, lambda v: ({"a": [3.0, 2.0], "b": [v]},)),
-        (quality_by_steps, lambda v: ({"a": {10: 3.0, 50: v}}, ("DDPM", 0.1))),
+        (quality_by_steps, lambda v: ({"a": {10: 3.0, 50: v}}, {"DDPM": 0.1}, (50, [2.0]))),
     ],
     ids=lambda value: value.__name__,
 )

@@ -69,7 +69,7 @@ if hasattr(sys.stdout, "reconfigure"):
 sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 # From Okabe and Ito's palette, made for colour-blind readers.
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#8A8A8A"
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
 
 
 # %% 1. Digits without a download
