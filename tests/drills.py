@@ -87,7 +87,7 @@ def finish(project, script):
     assert done.returncode == 0, done.stderr
     assert saved(project, script)
     names = project.outputs(script)
-    killed = [name for name in names if re.fullmatch(r"\..+\.(png|gif)\.\d+\.part", name)]
+    killed = [name for name in names if re.fullmatch(r"\..+\.(png|gif|pt)\.\d+\.part", name)]
     project.check_pictures(script, others=[*killed, *(n for n in names if n.endswith(".pt"))])
     return done
 
