@@ -664,7 +664,7 @@ class LatentDiffusion:
         # errors; latents have no bounds to clamp to. (In Stable Diffusion 1, 1/√ᾱ_t ends at 15, and
         # the network predicts ε; the 768-pixel model of Stable Diffusion 2 predicts v.)
         # ‖v − v̂‖² = ‖ε − ε̂‖² / ᾱ_t, so this loss cannot be compared with that of 02. It weighs
-        # large t more by itself, so drawing them more often gains less (tests/README.md).
+        # large t more by itself. To draw them more often gained a little here (tests/README.md).
         alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         v = alpha_bar_t.sqrt() * noise - (1 - alpha_bar_t).sqrt() * z_0
         return F.mse_loss(v_pred, v)
