@@ -576,7 +576,8 @@ class GuidedDDPM(DDPM):
     points to where noisy images are more probable, and the best prediction of the noise is
     −√(1−ᾱ_t) times the score: to remove noise is to follow the score. With the label, the score is
     that of p(x_t | c). By Bayes' rule,  ∇ log p(x_t | c) = ∇ log p(x_t) + ∇ log p(c | x_t).
-    Guidance multiplies the last term, which points to where c is easier to recognise, by s.
+    Guidance multiplies the last term, which points to where c is easier to recognise, by s. In the
+    networks' terms: −√(1−ᾱ_t) times it is noise_cond − noise_uncond (see `predict_noise`).
     (This explains the direction, not which images result: for s other than 0 and 1, guided scores
     do not belong to one distribution at increasing noise levels (arXiv:2408.09000), and a network's
     prediction need not be the gradient of anything (CFG section 3.2). That guidance works is an
@@ -635,7 +636,8 @@ class GuidedDDPM(DDPM):
         """Generate n images (n, C, H, W) in [-1, 1], guided in the interval: CFG Algorithm 2.
 
         labels: as in `to_labels`. guidance_scale: has no effect without labels. steps, frames: as
-        in DDPM. interval: as in `predict_noise`.
+        in DDPM. interval: as in `predict_noise`. The defaults do not follow the constants at the
+        head.
         """
         guidance_scale = 1 if labels is None else guidance_scale
         labels = to_labels(labels, n, self.class_names).to(self.device)

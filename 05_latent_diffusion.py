@@ -5,13 +5,12 @@
 
 Most of an image's pixels say little. Stage 1 trains an autoencoder, a VAE, which turns an image
 into a small grid of numbers, its latents, and back: here 28 × 28 pixels into 4 × 8 × 8 latents, in
-Stable Diffusion 3 × 512 × 512 into 4 × 64 × 64. This VAE alone cannot generate: its KL term is
-weak, so the latents of digits fill only a small part of N(0, 1), and pure noise does not decode to
-a digit. Stage 2 learns which part, by diffusion on the latents of all images, scaled to fit the
-noise schedule (`encode_all`). It uses the same U-Net, schedule, training and sampler as before. But
-the network predicts v, a mixture of noise and latents, because latents have no range to which
-predictions could be clamped (`loss` says more). To sample, diffusion generates latents from noise,
-and the decoder turns them into an image.
+Stable Diffusion 3 × 512 × 512 into 4 × 64 × 64. This VAE alone cannot generate: noise put into its
+decoder does not come out as a digit. Stage 2 learns which latents do, by diffusion on the latents
+of all images, scaled to fit the noise schedule (`encode_all`). It uses the same U-Net (drawn with
+the sizes of 02), schedule, training and sampler as before. But the network predicts v, a mixture of
+noise and latents, because latents have no range to which predictions could be clamped (`loss` says
+more). To sample, diffusion generates latents from noise, and the decoder turns them into an image.
 Labels, guidance (03) and text (cross-attention, LDM section 3.3) are left out.
 What is new is marked `NEW in 05`: read section 5, and in section 6 `loss`, `predict` and `sample`;
 section 9 puts the two stages together. U-Net and training are those of 02, the sampler that of 04.
@@ -499,13 +498,14 @@ class VAE(nn.Module):
         self.padding = (before, padding - before) * 2  # left and right, above and below
         self.inside = slice(before, before + side)
         self.latent_shape = latent_ch, small, small
+        # downsample = 4 has three levels: full size, half, quarter
         levels = [base_ch * min(2**level, 4) for level in range(downsample.bit_length())]
         down, up = [], []
         for fine, coarse in pairwise(levels):
             down += nn.Conv2d(fine, coarse, 3, stride=2, padding=1), VAEBlock(coarse)
             back = nn.Upsample(scale_factor=2), nn.Conv2d(coarse, fine, 3, padding=1)
             up = [VAEBlock(coarse), *back, *up]
-        encoder = OrderedDict(  # the layers have names because Muon leaves the outer ones to Adam
+        encoder = OrderedDict(  # with names, because split_weights asks for the outer layers
             conv_in=nn.Conv2d(channels, base_ch, 3, padding=1),
             down=nn.Sequential(*down),
             norm=GroupNorm(levels[-1]),
@@ -520,7 +520,7 @@ class VAE(nn.Module):
             conv_out=nn.Conv2d(base_ch, channels, 3, padding=1),
         )
         self.encoder, self.decoder = nn.Sequential(encoder), nn.Sequential(decoder)
-        self.register_buffer("scale", torch.ones(()))  # see encode_all; saved with the weights
+        self.register_buffer("scale", torch.ones(()))  # see encode_all; saved in checkpoint.pt
 
     def encode(self, x):
         """Return mean and log variance (B, latent_ch, h, h) of the latents of x (B, C, H, W).
@@ -553,11 +553,12 @@ class VAE(nn.Module):
 def vae_loss(x, reconstruction, mean, log_variance, kl_weight):
     """Return the VAE's loss: squared error + kl_weight · KL divergence, both per pixel value.
 
-    The KL divergence is 0 where the cloud is N(0, 1). Without it, clouds would shrink to points far
-    from one another, and the decoder would never learn what lies between them.
+    The KL divergence measures how far an image's cloud is from N(0, 1). If it were 0, all clouds
+    would be the same, and the decoder could not tell images apart. Without it, clouds would shrink
+    to points far from one another, and the decoder would never learn what lies between them.
 
-    kl_weight = 2 s² gives the VAE of Kingma & Welling for pixels from N(x̂, s²): we multiply their
-    loss, the sum of squared errors / (2 s²) + KL, by 2 s² and divide it by the number of values.
+    Kingma & Welling's loss is the sum of squared errors / (2 s²) + KL, where s is the assumed error
+    of a pixel. Ours is 2 s² times that, divided by the number of values, with 2 s² = kl_weight:
     0.002 means s = 0.03, which is 4 of 255 grey levels. A smaller weight gives sharper images, but
     latents that are rougher and harder to model; a larger one gives smoother latents, but blurred
     images. LDM uses about 0.000001 (appendix G), which hardly restricts the size of the latents:
@@ -590,9 +591,9 @@ def encode_all(vae, images, batch_size):
     # strong at t = 495 of 1000 (cosine). If latents were ten times as large, that point would be at
     # t = 935: training would mostly see nearly clean latents, and the first few steps of sampling
     # would decide everything.
-    # Does the KL term not lead to variance 1 by itself? Averaged over all images, the term is
-    # smallest there, and a decoder can undo any stretching of the latents. But how close training
-    # gets depends on its length and on KL_WEIGHT. With LDM's tiny weight, it does not get close:
+    # Does the KL term not lead to variance 1 by itself? Of all ways to stretch the latents alike,
+    # which a decoder could undo, it prefers that with variance 1. But how close training gets
+    # depends on its length and on KL_WEIGHT. With LDM's tiny weight, it does not get close:
     # Stable Diffusion's latents have a standard deviation of 5.5, so its factor is 0.18215.
     variance = mean.var() + deviation.square().mean()
     vae.scale.fill_(1 / variance.sqrt().item())
@@ -657,16 +658,16 @@ class LatentDiffusion:
         v_pred = self.model(q_sample(z_0, t, noise, self.alphas_cumprod), t)
         # NEW in 05: the network does not predict ε, as LDM Eq. 2 has it, but
         #   v = √ᾱ_t · ε − √(1−ᾱ_t) · z_0  (Salimans & Ho, section 4),
-        # nearly ε where there is little noise, nearly −z_0 where there is hardly anything else. So
-        #   ẑ_0 = √ᾱ_t · z_t − √(1−ᾱ_t) · v̂,
-        # and no error of v̂ is magnified. With ε_θ, ẑ_0 = (z_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t, and at
-        # t = T - 1 the cosine schedule has 1/√ᾱ_t = 20,000. For pixels, clamping x̂_0 limits these
-        # errors; latents have no bounds to clamp to. (In Stable Diffusion 1, 1/√ᾱ_t ends at 15, and
-        # the network predicts ε; the 768-pixel model of Stable Diffusion 2 predicts v.)
-        # ‖v − v̂‖² = ‖ε − ε̂‖² / ᾱ_t, so this loss cannot be compared with that of 02. It weighs
-        # large t more by itself. To draw them more often gained a little here (tests/README.md).
+        # nearly ε where there is little noise, nearly −z_0 where there is little else: always what
+        # z_t hides.
         alpha_bar_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         v = alpha_bar_t.sqrt() * noise - (1 - alpha_bar_t).sqrt() * z_0
+        # Why? To sample, we need ẑ_0 = √ᾱ_t · z_t − √(1−ᾱ_t) · v̂, which magnifies no error of v̂.
+        # With ε_θ, ẑ_0 = (z_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t, and at t = T - 1 the cosine schedule has
+        # 1/√ᾱ_t = 20,000. For pixels, clamping x̂_0 limits these errors; latents have no bounds to
+        # clamp to. (In Stable Diffusion 1, 1/√ᾱ_t ends at 15, and the network predicts ε.)
+        # ‖v − v̂‖² = ‖ε − ε̂‖² / ᾱ_t, so this loss cannot be compared with that of 02, and gives
+        # large t more weight. To draw them more often, too, gained a little (tests/README.md).
         return F.mse_loss(v_pred, v)
 
     def predict(self, z_t, t):
@@ -713,7 +714,8 @@ class LatentDiffusion:
         eta = float(eta)  # NumPy's float32 would be too inexact
         if not 0 <= eta <= 1:
             raise ValueError(f"eta = {eta!r}: it must be a number, 0 to 1")
-        steps, rest = range(ddim_steps, -1, -1), t + 1 - ddim_steps  # 04's "early"
+        # 04's "early" steps, short near the noise; 50 of 1000: 999, 998, 996 ... 79, 39, -1
+        steps, rest = range(ddim_steps, -1, -1), t + 1 - ddim_steps
         timesteps = [i + round(rest * (1 - (1 - i / ddim_steps) ** 2)) - 1 for i in steps]
         bar = tqdm(timesteps[:-1], "DDIM", unit=" steps", leave=False)
         for i, (t, t_prev) in enumerate(zip(bar, timesteps[1:])):
@@ -956,8 +958,8 @@ def save_autoencoder_figures(ldm, latents, x, settings, folder, note):
     again = torch.cat([ldm.decode(part) for part in z.split(settings["BATCH_SIZE"])])
     psnr = 10 * math.log10(4 / (again - x).square().mean().item())  # 4 = 2²: the range is 2
     print(f"PSNR of reconstructed test images: {psnr:.1f} dB.")
-    # A VAE is meant to generate images from noise. But the latents of digits fill only a small part
-    # of N(0, 1), which shrinks as KL_WEIGHT does, and most noise lies elsewhere.
+    # A VAE is meant to generate images from noise. But the latents of digits fill only a part of
+    # N(0, 1), the smaller KL_WEIGHT, the smaller a part, and most noise lies elsewhere.
     noise = torch.randn(z[:12].shape, generator=torch.Generator().manual_seed(settings["SEED"]))
     prior = ldm.vae.decode(noise.to(z.device))
     rows = {"test images": x[:12], "reconstructions": again[:12], "from pure noise": prior}
