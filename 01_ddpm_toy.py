@@ -7,7 +7,7 @@ After 1000 steps only noise is left. Ruining a picture is easy; the way back mus
 Training: give a picture the noise of a random number of steps, let a neural network predict that
 noise, and adjust the network to reduce its error. Repeat this with all the pictures (`loss`).
 Sampling: start from pure noise. 1000 times, predict the noise, remove a little of it, and add a
-little fresh noise (`p_sample`). What is left at the end is a new picture.
+little new noise (`p_sample`). What is left at the end is a new picture.
 
 Schedule, loss and sampler are the paper's, line by line; network and training are simpler. Read
 sections 3 to 5 of this file, skim the rest. After `python -i 01_ddpm_toy.py`: `ddpm.sample(n=16)`.
@@ -178,7 +178,7 @@ class SimpleDDPM:
         """Step back from x_t (B, C, H, W) at t, an int: return x_prev, and x_0_pred to look at."""
         noise_pred = self.model(x_t, torch.full((len(x_t),), t, device=self.device))
         beta_t, alpha_t, alpha_bar_t = self.betas[t], self.alphas[t], self.alphas_cumprod[t]
-        # Guess the image, move a little towards it, add fresh noise. Eq. 4 solved for x_0 (Eq. 15):
+        # Guess the image, move a little towards it, add new noise. Eq. 4 solved for x_0 (Eq. 15):
         #   x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  Training with squared error makes it the mean of
         # all x_0 that x_t may come from, a blur. So we go only to x_{t−1}. Where is it?
         #   around x_t/√α_t, with variance β_t/α_t (Eq. 2, solved for x_{t−1}), and

@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node=4 02_ddpm.py        # on 4 GPUs of one machine
 
 Training and sampling are still the two algorithms of 01, and the network is 01's with more blocks.
-What is new is marked `NEW in 02`. tests/README.md shows what each addition except the clamp gains
-in equal training time; at this size, attention and averaged weights gain nothing there:
+What is new is marked `NEW in 02`. tests/README.md shows what each addition (except to `p_sample`)
+gains in equal training time; at this size, attention and averaged weights gain nothing there:
 
   cosine schedule    section 3   fewer steps are wasted on images that are almost pure noise
   attention          section 4   every part of an image takes the whole image into account
@@ -560,7 +560,7 @@ class Muon(torch.optim.Optimizer):
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon scales
     all of them to about the same size. On a CPU, a step takes about 10 % longer than with Adam, but
-    after the same training time 02's Fréchet distance is about half as large (tests/README.md).
+    after two minutes of training 02's Fréchet distance is about half as large (tests/README.md).
     weights: parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
     kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
     in bfloat16, which is slow on many CPUs.)

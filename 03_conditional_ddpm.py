@@ -678,7 +678,7 @@ class Muon(torch.optim.Optimizer):
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon scales
     all of them to about the same size. On a CPU, a step takes about 10 % longer than with Adam, but
-    after the same training time 02's Fréchet distance is about half as large (tests/README.md).
+    after two minutes of training 02's Fréchet distance is about half as large (tests/README.md).
     weights: parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
     kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
     in bfloat16, which is slow on many CPUs.)

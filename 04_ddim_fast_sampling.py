@@ -10,9 +10,9 @@ gives it the predicted noise again, as much as belongs to the smaller t; it need
 only the starting noise is random: the same noise always gives the same image, the noise that leads
 to a real image can be found approximately, and interpolating between two noise samples gives images
 in between. That is the paper's method in its simplest form (η = 0, even steps); `ddim_invert` goes
-the same way back. Two options make better digits with this network, so they are the defaults of
-`ddim_sample`: new noise in each step, as much as in DDPM (η = 1), and steps that are shorter near
-the noise ("early").
+the same way back. The defaults of `ddim_sample` differ: new noise in each step, as much as in DDPM
+(η = 1), which makes better digits with this network, and steps that are short near the noise
+("early"), which help if there are few.
 
 Network, training and DDPM's sampler are those of 02, to the last character. If 02 has left a
 checkpoint, 04 uses its network and trains nothing. What is new is marked `NEW in 04`: the class
@@ -704,7 +704,7 @@ class Muon(torch.optim.Optimizer):
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon scales
     all of them to about the same size. On a CPU, a step takes about 10 % longer than with Adam, but
-    after the same training time 02's Fréchet distance is about half as large (tests/README.md).
+    after two minutes of training 02's Fréchet distance is about half as large (tests/README.md).
     weights: parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
     kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
     in bfloat16, which is slow on many CPUs.)

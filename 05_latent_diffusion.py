@@ -667,7 +667,7 @@ class LatentDiffusion:
         # 1/√ᾱ_t = 20,000. For pixels, clamping x̂_0 limits these errors; latents have no bounds to
         # clamp to. (In Stable Diffusion 1, 1/√ᾱ_t ends at 15, and the network predicts ε.)
         # ‖v − v̂‖² = ‖ε − ε̂‖² / ᾱ_t, so this loss cannot be compared with that of 02, and gives
-        # large t more weight. To draw them more often, too, gained a little (tests/README.md).
+        # large t more weight. To draw them more often, too, changed little (tests/README.md).
         return F.mse_loss(v_pred, v)
 
     def predict(self, z_t, t):
@@ -714,7 +714,7 @@ class LatentDiffusion:
         eta = float(eta)  # NumPy's float32 would be too inexact
         if not 0 <= eta <= 1:
             raise ValueError(f"eta = {eta!r}: it must be a number, 0 to 1")
-        # 04's "early" steps, short near the noise; 50 of 1000: 999, 998, 996 ... 79, 39, -1
+        # 04's "early" steps, short near the noise; 50 of 1000: 999, 998, 995 ... 75, 38, -1
         steps, rest = range(ddim_steps, -1, -1), t + 1 - ddim_steps
         timesteps = [i + round(rest * (1 - (1 - i / ddim_steps) ** 2)) - 1 for i in steps]
         bar = tqdm(timesteps[:-1], "DDIM", unit=" steps", leave=False)
@@ -754,7 +754,7 @@ class Muon(torch.optim.Optimizer):
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon scales
     all of them to about the same size. On a CPU, a step takes about 10 % longer than with Adam, but
-    after the same training time 02's Fréchet distance is about half as large (tests/README.md).
+    after two minutes of training 02's Fréchet distance is about half as large (tests/README.md).
     weights: parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
     kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
     in bfloat16, which is slow on many CPUs.)

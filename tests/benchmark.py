@@ -562,7 +562,7 @@ def why_noise_helps(judge, ddim, digest, steps=50):
         samples = draw(file.replace(" ", "_"), digest, sample)
         rows.append({"predictions of": name, "new noise": where, **in_words(judge.score(samples))})
     scores = in_words(judge.score(images[:COUNT]))
-    rows.append({"predictions of": "", "new noise": "1,000 of its images", **scores})
+    rows.append({"predictions of": "(1,000 of its images)", "new noise": "", **scores})
     print_table(f"Why new noise helps: {steps} early steps, η = 1 or 0", rows)
 
 

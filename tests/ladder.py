@@ -75,7 +75,7 @@ def cost_of(recipe):
 class WideUNet(nn.Module):
     """A U-Net for MNIST in DDPM's shape: appendix B, but 16, 32, 64 channels, one block per level.
 
-    Before the third edition it was 02's own. Every output on the left is a skip.
+    Every output on the left is a skip.
 
     28 × 28   conv_in (16) → block (16) ───── 2 skips ────→ 2 blocks (16) → conv_out
     14 × 14     └ shrink (16) → block (32) ── 2 skips ────→ 2 blocks (32) → grow ┘

@@ -356,20 +356,20 @@ def test_guidance_vectors_are_at_their_place_in_the_plane(figures, difference):
 
 
 def test_the_reverse_process_ends_where_the_figure_says(tmp_path, real_figures):
-    """Given an ideal denoiser: 200 steps cover the data, without fresh noise they collapse."""
+    """Given an ideal denoiser: 200 steps cover the data, without new noise they collapse."""
     points, alphas_cumprod = visualize._spiral(400), visualize._linear_alphas_cumprod()
     assert points.std() == pytest.approx(1, abs=1e-3)
     noise = torch.randn(300, 2, generator=torch.Generator().manual_seed(2))
 
-    def ends(steps, fresh_noise=True):
-        stages = visualize._denoise(noise, steps, points, alphas_cumprod, fresh_noise)
+    def ends(steps, new_noise=True):
+        stages = visualize._denoise(noise, steps, points, alphas_cumprod, new_noise)
         assert len(stages) == steps + 1 and torch.equal(stages[0], noise)
         distance = torch.cdist(stages[-1], points).min(1).values
         return stages[-1].std(), (distance < 0.1).double().mean()
 
     spread, near = ends(200)
     assert spread == pytest.approx(1, abs=0.05) and near > 0.97
-    assert ends(200, fresh_noise=False)[0] < 0.3
+    assert ends(200, new_noise=False)[0] < 0.3
     assert ends(5)[1] < 0.7 < ends(20)[1]
     png, gif = visualize.reverse_process(tmp_path / "reverse.png", n=300)
     assert pixels(png).std() > 5 and gif.stat().st_size < 300_000

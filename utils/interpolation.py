@@ -7,8 +7,8 @@ The functions know nothing about models: they return tensors of noise, which any
 sampler can turn into images, such as `ddim.ddim_sample(x_T=noise, eta=0)` of 04.
 
 Run as a program, this file needs no training and leaves `outputs/interpolation/why_slerp.png`. The
-figure shows why the straight line between two noise samples, `lerp`, fails, and why the arc,
-`slerp`, works. In D dimensions, nearly all Gaussian noise has a norm close to √D, like points on a
+figure shows why we take not the straight line between two noise samples, `lerp`, but the arc,
+`slerp`. In D dimensions, nearly all Gaussian noise has a norm close to √D, like points on a
 sphere. The straight line between two such points cuts through the inside: halfway, its norm is only
 about √½ · √D, because two noise samples are almost perpendicular. A model never sees noise that
 weak in training. The arc stays on the sphere.

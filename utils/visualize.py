@@ -578,9 +578,9 @@ def latent_scaling(latents, scale, alphas_cumprod, path, title="Why latents are 
         left.hist(shown, edges, density=True, histtype="step", color=colour, label=label)
         variance = (values * factor).var().item()
         snr = (variance * alphas_cumprod / (1 - alphas_cumprod)).cpu().log()
-        right.plot(snr, color=colour, label=f"{label}: half hidden at t = {(snr > 0).sum()}")
+        right.plot(snr, color=colour, label=f"{label}: half hidden at t = {snr.abs().argmin()}")
     snr = (100 * variance * alphas_cumprod / (1 - alphas_cumprod)).cpu().log()
-    label = f"were they 10 times as large: at t = {(snr > 0).sum()}"
+    label = f"were they 10 times as large: at t = {snr.abs().argmin()}"
     right.plot(snr, color=GREY, linestyle="--", label=label)
     gaussian = np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)
     left.plot(edges, gaussian, color=GREY, linestyle="--", label="N(0, 1)")
@@ -691,7 +691,7 @@ def _ideal_x_0(x_t, alpha_bar_t, points):
     return (-distance.square() / (2 * (1 - alpha_bar_t))).softmax(dim=1) @ points
 
 
-def _denoise(x_t, steps, points, alphas_cumprod, fresh_noise=True):
+def _denoise(x_t, steps, points, alphas_cumprod, new_noise=True):
     """Return all stages of x_t (B, 2) on its way from pure noise to clean points."""
     generator = torch.Generator().manual_seed(1)
     alpha_bars = torch.cat([torch.ones(1), alphas_cumprod.float()])  # [0]: clean
@@ -704,7 +704,7 @@ def _denoise(x_t, steps, points, alphas_cumprod, fresh_noise=True):
         x_0_pred = _ideal_x_0(x_t, alpha_bar_t, points)
         noise = (share * (1 - alpha_t)).sqrt() * torch.randn(x_t.shape, generator=generator)
         weight_x_0 = alpha_bar_prev.sqrt() * (1 - alpha_t) / (1 - alpha_bar_t)
-        x_t = weight_x_0 * x_0_pred + alpha_t.sqrt() * share * x_t + fresh_noise * noise
+        x_t = weight_x_0 * x_0_pred + alpha_t.sqrt() * share * x_t + new_noise * noise
         stages.append(x_t)
     return stages
 
@@ -713,14 +713,14 @@ BELOW = {  # what to see in the panels of `reverse_process`
     999: "Each arrow leads from an x_t to x̂_0,\nthe mean of all points (black) that it may\n"
     "come from: in pure noise, of all.",
     600: "A jump along an arrow would end in the\nmiddle. So the sampler moves a little,\n"
-    "adds fresh noise and predicts again.",
+    "adds new noise and predicts again.",
     350: "Less noise: an x_t may come from several\narms, and their mean lies between them.",
     150: "From outside, arrows end on the spiral.\nBetween two arms, x̂_0 still hesitates.",
     20: "Little noise: the arrows are too short to see.",
     "three paths": "From noise (blue) to end points (black):\n"
-    "first the fresh noise decides, then x̂_0.",
+    "first the new noise decides, then x̂_0.",
     "200 steps": "1,000 samples cover the whole spiral.",
-    "without fresh noise": "200 steps that add no noise: too little\n"
+    "without new noise": "200 steps that add no noise: too little\n"
     "is left, and all end in one place.",
     "20 steps": "Nearly all samples reach the spiral,\nbut some are left between its arms.",
     "5 steps": "Steps far too long: most samples end\nbetween the arms, where x̂_0 was a mean.",
@@ -746,7 +746,7 @@ def reverse_process(path, n=1000):
         options = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.007, "zorder": 3}
         ax.quiver(*x_t[:30].T, *arrows.T, color=ORANGE, **options)
     many, some, few = (_denoise(noise, steps, points, alphas_cumprod) for steps in (200, 20, 5))
-    still = _denoise(noise, 200, points, alphas_cumprod, fresh_noise=False)
+    still = _denoise(noise, 200, points, alphas_cumprod, new_noise=False)
     for way in torch.stack(many)[:, :3].unbind(1):
         axes[5].plot(*way.T, color=ORANGE, linewidth=0.7)
         axes[5].plot(*way[-1], ".", color="black", markersize=9, zorder=3)
