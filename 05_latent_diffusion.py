@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=4 05_latent_diffusion.py       # on 4 GPUs of one machine
 
 Most of an image's pixels say little. Stage 1 trains an autoencoder, a VAE, which turns an image
-into a small grid of numbers, its latents, and back: here 28 × 28 pixels into 4 × 8 × 8 latents, in
+into a small grid of numbers, its latents, and back: here 28 × 28 pixels into 2 × 8 × 8 latents, in
 Stable Diffusion 3 × 512 × 512 into 4 × 64 × 64. This VAE alone cannot generate: noise put into its
 decoder does not come out as a digit. Stage 2 learns which latents do, by diffusion on the latents
 of all images, scaled to fit the noise schedule (`encode_all`). It uses the same U-Net (drawn with
@@ -30,12 +30,12 @@ DDPM = Ho, Jain & Abbeel 2020, arXiv:2006.11239; Improved DDPM = Nichol & Dhariw
 arXiv:2102.09672; DDIM = Song, Meng & Ermon 2021, arXiv:2010.02502
 
 Code            Paper              Shape               Meaning (for other symbols see 02 and 04)
-mean            μ; E_μ(x)          (B, 4, h, h)        centre of the latents of an image
-log_variance    log σ²; log E_σ²   (B, 4, h, h)        how far they spread around it
+mean            μ; E_μ(x)          (B, 2, h, h)        centre of the latents of an image
+log_variance    log σ²; log E_σ²   (B, 2, h, h)        how far they spread around it
 scale           1/σ̂ (appendix G)                       σ̂: standard deviation of all latents
-z_0             z = E(x)/σ̂         (B, 4, h, h)        latents, drawn and scaled
-z_t             z_t                (B, 4, h, h)        the same with the noise of step t
-v_pred          v̂_θ(z_t, t)        (B, 4, h, h)        the prediction of √ᾱ_t · ε − √(1−ᾱ_t) · z_0
+z_0             z = E(x)/σ̂         (B, 2, h, h)        latents, drawn and scaled
+z_t             z_t                (B, 2, h, h)        the same with the noise of step t
+v_pred          v̂_θ(z_t, t)        (B, 2, h, h)        the prediction of √ᾱ_t · ε − √(1−ᾱ_t) · z_0
 """
 
 # %% 1. Settings: edit and run again
@@ -78,7 +78,7 @@ ON_GPU = torch.cuda.is_available()  # selects the larger defaults below
 DATASET = "MNIST"  # "MNIST", "FashionMNIST", "CIFAR10", "DRAWN" (offline), or a folder of images
 IMAGE_SIZE = 64  # for a folder: its images are cropped and resized to squares of this side
 DOWNSAMPLE = 4  # NEW in 05: latents have 1/4 of the side of an image; 2, 4 or 8
-LATENT_CH = 4  # NEW in 05: channels of the latents; more: sharper, but harder to model
+LATENT_CH = 4 if DATASET == "CIFAR10" else 2  # NEW in 05: channels of latents; more: sharper, harder
 VAE_CH = 32 if ON_GPU else 16  # NEW in 05: channels of the VAE at full size; more at coarser levels
 VAE_EPOCHS = 10 if ON_GPU else 1  # NEW in 05: times that an image is seen in stage 1
 KL_WEIGHT = 0.002  # NEW in 05: pull of the latents towards N(0, 1); see vae_loss
