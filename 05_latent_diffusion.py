@@ -559,9 +559,9 @@ def vae_loss(x, reconstruction, mean, log_variance, kl_weight):
 
     Kingma & Welling's loss is the sum of squared errors / (2 s²) + KL, where s is the assumed error
     of a pixel. Ours is 2 s² times that, divided by the number of values, with 2 s² = kl_weight:
-    0.002 means s = 0.03, which is 4 of 255 grey levels. A larger weight blurs the images. It did not
-    make the latents easier to model here, but fewer channels did (tests/README.md). LDM uses about 0.000001 (appendix G), which hardly restricts the size of the latents:
-    that is left to scaling.
+    0.002 means s = 0.03, which is 4 of 255 grey levels. A larger weight blurs the images, and did
+    not make the latents easier to model here; fewer channels did (tests/README.md). LDM uses about
+    0.000001 (appendix G), which hardly restricts the size of the latents: that is left to scaling.
 
     SIMPLIFIED: LDM uses the absolute error, and adds a perceptual loss (LPIPS: the error in the
     features of a trained image classifier) and an adversarial one (a second network that learns to
