@@ -9,10 +9,10 @@ first leads from t = 999 to 979, the last from t = 19 to the image. A step predi
 gives it the predicted noise again, as much as belongs to the smaller t; it needs no new noise. Then
 only the starting noise is random: the same noise always gives the same image, the noise that leads
 to a real image can be found approximately, and interpolating between two noise samples gives images
-in between. That is the paper's method in its simplest form (η = 0, even steps); `ddim_invert` goes
-the same way back. The defaults of `ddim_sample` differ: new noise in each step, as much as in DDPM
-(η = 1), which makes better digits with this network, and steps that are short near the noise
-("early"), which help if there are few.
+in between. That is the paper's method in its simplest form (η = 0, even steps); `ddim_invert` takes
+the same steps from image to noise. The defaults of `ddim_sample` differ: new noise in each step, as
+much as in DDPM (η = 1), which makes better digits with this network, and steps that are short near
+the noise ("early"), which help if there are few.
 
 Network, training and DDPM's sampler are those of 02, to the last character. If 02 has left a
 checkpoint, 04 uses its network and trains nothing. What is new is marked `NEW in 04`: the class

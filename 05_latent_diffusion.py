@@ -7,11 +7,11 @@ Most of an image's pixels say little. Stage 1 trains an autoencoder, a VAE, whic
 into a small grid of numbers, its latents, and back: here 28 × 28 pixels into 2 × 8 × 8 latents, in
 Stable Diffusion 3 × 512 × 512 into 4 × 64 × 64. This VAE alone cannot generate: noise put into its
 decoder does not come out as a digit. Stage 2 learns which latents do, by diffusion on the latents
-of all images, scaled to fit the noise schedule (`encode_all`). It uses the same U-Net (drawn with
-the sizes of 02), schedule, training and sampler as before. But the network predicts v, a mixture of
-noise and latents, because latents have no range to which predictions could be clamped (`loss` says
-more). To sample, diffusion generates latents from noise, and the decoder turns them into an image.
-Labels, guidance (03) and text (cross-attention, LDM section 3.3) are left out.
+of all images, scaled to fit the noise schedule (`encode_all`). It uses the same U-Net (`UNet` has
+a diagram with 02's sizes), schedule, training and sampler as before. But the network predicts v, a
+mixture of noise and latents, because latents have no range to which predictions could be clamped
+(`loss` says more). To sample, diffusion generates latents from noise, and the decoder turns them
+into an image. Labels, guidance (03) and text (cross-attention, LDM section 3.3) are left out.
 What is new is marked `NEW in 05`: read section 5, and in section 6 `loss`, `predict` and `sample`;
 section 9 puts the two stages together. U-Net and training are those of 02, the sampler that of 04.
 
@@ -525,7 +525,7 @@ class VAE(nn.Module):
     def encode(self, x):
         """Return mean and log variance (B, latent_ch, h, h) of the latents of x (B, C, H, W).
 
-        An image becomes not a point but a small cloud, from which one latent is drawn.
+        An image becomes not a point but a small cloud, from which its latents are drawn.
         """
         padded = F.pad(x, self.padding, value=-1.0)
         mean, log_variance = self.encoder(padded).chunk(2, dim=1)
@@ -590,9 +590,9 @@ def encode_all(vae, images, batch_size):
     # strong at t = 495 of 1000 (cosine). If latents were ten times as large, that point would be at
     # t = 935: training would mostly see nearly clean latents, and the first few steps of sampling
     # would decide everything.
-    # Does the KL term not lead to variance 1 by itself? Of all ways to stretch the latents alike,
-    # which a decoder could undo, it prefers that with variance 1. But how close training gets
-    # depends on its length and on KL_WEIGHT. With LDM's tiny weight, it does not get close:
+    # Does the KL term not lead to variance 1 by itself? A decoder could undo any scaling of all
+    # latents, and of all scalings, the term prefers that with variance 1. But how close training
+    # gets depends on its length and on KL_WEIGHT. With LDM's tiny weight, it does not get close:
     # Stable Diffusion's latents have a standard deviation of 5.5, so its factor is 0.18215.
     variance = mean.var() + deviation.square().mean()
     vae.scale.fill_(1 / variance.sqrt().item())

@@ -43,7 +43,7 @@ def test_commands_name_files_that_exist_and_are_known():
         for word in words:
             if re.search(r"\.(py|txt)$", word) or word == "tests":
                 assert (ROOT / word).exists(), command
-    assert commands()[0].endswith("01_ddpm_toy.py") and len(commands()) > 6
+    assert commands()[0].endswith("01_ddpm_toy.py") and len(commands()) > 5
 
 
 def test_programs_that_the_readme_starts_run(project, monkeypatch, real_figures):
@@ -67,7 +67,7 @@ def test_programs_that_the_readme_starts_run(project, monkeypatch, real_figures)
 
 def test_the_differences_that_the_readme_shows_can_be_shown():
     shown = [c for c in commands() if c.startswith("git diff")]
-    assert len(shown) == 4
+    assert len(shown) == 3
     for command in shown:
         done = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True)
         assert done.returncode == 1 and len(done.stdout) > 1000  # 1: they differ
