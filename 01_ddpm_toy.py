@@ -185,7 +185,7 @@ class SimpleDDPM:
         #   around √ᾱ_{t−1} · x̂_0, with variance 1−ᾱ_{t−1} (Eq. 4).
         # Bayes' rule multiplies both Gaussians. Their mean, each weighed by 1 / variance (Eq. 7),
         # with x̂_0 put in, is 1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ).  Algorithm 2, line 4, adds z:
-        # at t = 500, if ε_θ = ε, this is √ᾱ_{t−1} · x_0 + noise of variance 0.911, not yet 0.921.
+        # at t = 500, if ε_θ = ε, this is √ᾱ_{t−1}·x_0 + noise of variance 0.911; 1−ᾱ_{t−1} = 0.921.
         x_prev = (x_t - beta_t / (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_t.sqrt()
         if t > 0:  # line 3: not in the last step. Why z? Many x_{t−1} fit x_t; this draws one.
             x_prev = x_prev + beta_t.sqrt() * torch.randn_like(x_t)

@@ -577,7 +577,7 @@ class GuidedDDPM(DDPM):
     −√(1−ᾱ_t) times the score: to remove noise is to follow the score. With the label, the score is
     that of p(x_t | c). By Bayes' rule,  ∇ log p(x_t | c) = ∇ log p(x_t) + ∇ log p(c | x_t).
     Guidance multiplies the last term, which points to where c is easier to recognise, by s. In the
-    networks' terms: −√(1−ᾱ_t) times it is noise_cond − noise_uncond (see `predict_noise`).
+    network's terms: −√(1−ᾱ_t) times it is noise_cond − noise_uncond (see `predict_noise`).
     (This explains the direction, not which images result: for s other than 0 and 1, guided scores
     do not belong to one distribution at increasing noise levels (arXiv:2408.09000), and a network's
     prediction need not be the gradient of anything (CFG section 3.2). That guidance works is an
