@@ -72,7 +72,7 @@ def load_images(name, folder):
 
 
 def linear_beta_schedule(T):
-    """Return β, float64 (T,): DDPM section 4; 1000 / T, for other T, as in Improved DDPM's code."""
+    """Return β, float64 (T,): DDPM section 4, times 1000 / T as in Improved DDPM's code."""
     return (torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T).clamp(max=0.999)
 
 

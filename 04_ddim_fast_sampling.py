@@ -21,8 +21,8 @@ checkpoint, 04 uses its network and trains nothing. What is new is marked `NEW i
 The script leaves in `outputs/04_ddim_fast_sampling/` a cost table of all samplers (`speed.png`),
 their samples from the same noise (`samplers.png`), reconstructions after inversion
 (`inversion.png`), interpolations, mostly between noise samples (`interpolation.png`), a loop of
-transitions (`transitions.gif`), and the pictures of 01. After `python -i 04_ddim_fast_sampling.py`,
-or `ddim = DDIM.load(path)`:
+transitions (`transitions.gif`), and 36 samples as in 01. After
+`python -i 04_ddim_fast_sampling.py`, or `ddim = DDIM.load(path)`:
 `ddim.ddim_sample(n=16, ddim_steps=20)`, `ddim.sample(n=16)`, `ddim.ddim_invert(x)`.
 
 DDPM = Ho, Jain & Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
@@ -52,6 +52,7 @@ import sys
 import tempfile
 import unicodedata
 from collections import Counter
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -104,7 +105,6 @@ OUT_DIR_02 = "outputs/02_ddpm"  # NEW in 04: a checkpoint here is used instead o
 
 # %% 2. Data and device
 
-
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # not classes
 CLUTTER = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini"}  # ignored
 RESULTS = {"checkpoint.pt", "vae.pt", "denoising.gif"}  # a folder with one of these holds results
@@ -154,7 +154,7 @@ def load_folder(folder, size):
             images[len(read)] = read_image(file, size)
             read.append(file)
         except Exception as error:
-            left_out[file] = error
+            left_out[file] = str(error)  # not the error, which would keep the file open
     if left_out:
         kinds = dict(Counter(Path(file).suffix.lower() for file in left_out))
         some = [f"{Path(file).name} ({error})" for file, error in left_out.items()][:10]
@@ -191,8 +191,7 @@ def load_dataset(name, folder, size):
     """Return images, uint8 (N, C, H, W), labels, int64 (N,), class names, and the dataset's name.
 
     name: a dataset of torchvision, "DRAWN", or a folder of images, which are resized to `size`.
-    If MNIST cannot be loaded, rendered digits replace it; if another dataset cannot, the program
-    ends.
+    If MNIST cannot be loaded, rendered digits replace it; without another one, the program ends.
     """
     if name == "DRAWN":
         images, labels = draw_digits()
@@ -230,8 +229,7 @@ def to_batch(images, flip=False):
 
 def pick_device():
     """Return the GPU if there is one, else the CPU."""
-    gpu = torch.accelerator.current_accelerator(check_available=True)
-    return gpu or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def best_precision(device):
@@ -247,10 +245,7 @@ def best_precision(device):
 
 
 def best_layout(device):
-    """Return the memory layout that makes convolutions fast: the channels of a pixel together.
-
-    Apple's GPUs gave wrong results with it.
-    """
+    """Return the memory layout: channels_last is fast, but gave wrong results on Apple's GPUs."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
@@ -258,7 +253,7 @@ def best_layout(device):
 
 
 def linear_beta_schedule(T):
-    """Return β, float64 (T,): DDPM section 4; 1000 / T, for other T, as in Improved DDPM's code."""
+    """Return β, float64 (T,): DDPM section 4, times 1000 / T as in Improved DDPM's code."""
     return (torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T).clamp(max=0.999)
 
 
@@ -378,9 +373,9 @@ class UNet(nn.Module):
 
     28 × 28   conv_in (8) ──────────────── skip ───────────────→ block (8) → conv_out
                 ↓ shrink                                           ↑ grow
-    14 × 14     └ (32) → block (32) ────── skip ──────→ block (32) ┘         * with attention
+    14 × 14     └ (32) → block (32) ────── skip ──────→ block (32) ┘
                            ↓ shrink                       ↑ grow
-     7 × 7                 └ (64) → block (64) → middle_1* (64) → middle_2 (64)
+     7 × 7                 └ (64) → block (64) → middle_1* (64) → middle_2 (64)    * with attention
 
     Each level after the first halves the resolution, which must be even. attention_at: resolutions
     at which the blocks have attention. precision: the dtype of convolutions and matrix products.
@@ -388,48 +383,38 @@ class UNet(nn.Module):
 
     def __init__(self, shape, base_ch, ch_mult, num_blocks, attention_at, dropout, precision):
         super().__init__()
-        (channels, side, _), time_dim = shape, 4 * base_ch
+        (channels, side, _), dim = shape, 4 * base_ch
         if side % 2 ** (len(ch_mult) - 1):
-            sys.exit(f"CHANNEL_MULT = {ch_mult} halves {side} pixels too often: shorten it.")
+            sys.exit(f"CHANNEL_MULT = {ch_mult} halves {side} pixels too often: shorten either.")
 
         def blocks(level, in_ch):
             sizes = [in_ch] + num_blocks * [ch[level]]
-            options = time_dim, dropout, side // 2**level in attention_at
+            options = dim, dropout, side // 2**level in attention_at
             return nn.ModuleList(ResBlock(i, out, *options) for i, out in pairwise(sizes))
 
         self.precision = precision
-        self.time = nn.Sequential(
-            nn.Linear(2 * base_ch, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim)
-        )
+        self.time = nn.Sequential(nn.Linear(2 * base_ch, dim), nn.SiLU(), nn.Linear(dim, dim))
         ch = [max(1, round(base_ch * mult)) for mult in ch_mult]  # channels of each level
         self.conv_in = nn.Conv2d(channels, ch[0], 3, padding=1)
-        self.shrink, self.down = nn.ModuleList(), nn.ModuleList()
-        self.grow, self.up = nn.ModuleList(), nn.ModuleList()
+        self.shrink, self.down, self.grow, self.up = (nn.ModuleList() for _ in range(4))
         for level in range(1, len(ch)):
             self.shrink.append(nn.Conv2d(ch[level - 1], ch[level], 3, stride=2, padding=1))
             self.down.append(blocks(level, ch[level]))
-        self.middle_1 = ResBlock(ch[-1], ch[-1], time_dim, dropout, attention=True)
-        self.middle_2 = ResBlock(ch[-1], ch[-1], time_dim, dropout)
+        self.middle_1 = ResBlock(ch[-1], ch[-1], dim, dropout, attention=True)
+        self.middle_2 = ResBlock(ch[-1], ch[-1], dim, dropout)
         for level in reversed(range(len(ch) - 1)):
             self.grow.append(nn.Conv2d(ch[level + 1], ch[level], 1))
             self.up.append(blocks(level, 2 * ch[level]))  # 2: the skip is concatenated
         self.norm_out = GroupNorm(ch[0])
         self.conv_out = zero_init(nn.Conv2d(ch[0], channels, 3, padding=1))
 
-    def forward(self, x_t, t):
-        return self.predict(x_t, self.embed(t))
-
-    def embed(self, t):
-        """Return what the blocks learn of t (B,): (B, time_dim)."""
-        return self.time(timestep_embedding(t, self.time[0].in_features))
-
-    def predict(self, x_t, time):
-        """Return the prediction for x_t (B, C, side, side), given an embedding (B, time_dim)."""
-        # Mixed precision: matrix products use 16 bits if the GPU is fast at that. Weights, sums
-        # over many values and everything outside the network stay float32.
-        mixed = self.precision != torch.float32
-        with torch.autocast(x_t.device.type, self.precision, enabled=mixed):
-            h, time, skips = self.conv_in(x_t), F.silu(time), []  #      (B, 8, 28, 28): the drawing
+    def forward(self, x_t, t, condition=0):
+        """condition: an embedding (B, time_dim), added to that of t."""
+        time = self.time(timestep_embedding(t, self.time[0].in_features)) + condition
+        # Mixed precision: on NVIDIA GPUs, matrix products use 16 bits. Weights, sums over
+        # many values and everything outside the network stay float32.
+        with torch.autocast(x_t.device.type, self.precision, enabled=self.precision.itemsize < 4):
+            h, time, skips = self.conv_in(x_t), F.silu(time), []  #      (B, 8, 28, 28)
             for shrink, blocks in zip(self.shrink, self.down):
                 skips.append(h)
                 h = shrink(h)  #                                         (B, 32, 14, 14), ...
@@ -437,14 +422,15 @@ class UNet(nn.Module):
                     h = block(h, time)
             h = self.middle_2(self.middle_1(h, time), time)  #           (B, 64, 7, 7)
             for grow, blocks in zip(self.grow, self.up):
-                h = F.interpolate(grow(h), scale_factor=2)  #            (B, 32, 14, 14), ...
+                h = grow(h)  #           `to`: CUDA's autocast returns an enlarged h as float32
+                h = F.interpolate(h, scale_factor=2).to(h.dtype)  #      (B, 32, 14, 14), ...
                 h = torch.cat([h, skips.pop()], dim=1)
                 for block in blocks:
                     h = block(h, time)
             return self.conv_out(F.silu(self.norm_out(h))).float()  #    (B, C, 28, 28)
 
 
-NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # of the UNet
+NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # UNet's, in order
 
 
 # %% 5. Loss and sampler
@@ -466,14 +452,14 @@ class DDPM:
     """A network that predicts noise, with its noise schedule, its loss and its sampler.
 
     model: called as model(x_t, t), returns (B, C, H, W). betas: float64 (T,), each in (0, 1).
-    image_shape: (C, H, W). condition, in some methods: what else the model takes; nothing here.
+    image_shape: (C, H, W). condition: further arguments of the model; here, none.
     """
 
     def __init__(self, model, betas, image_shape, device):
         self.model, self.T, self.image_shape, self.device = model, len(betas), image_shape, device
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # float64: the product of 1000 factors
         self.alphas_cumprod = alphas_cumprod.float().to(device)  # ᾱ_t for a tensor t
-        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t for an int t; of -1: 1
+        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t for an int t; 1 for t = -1
 
     @classmethod
     def build(cls, settings, device):
@@ -496,7 +482,7 @@ class DDPM:
         return trained
 
     def loss(self, x_0):
-        """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1, other t."""
+        """Return the loss of images x_0 (B, C, H, W) in [-1, 1]: DDPM Algorithm 1, with other t."""
         t = random_timesteps(len(x_0), self.T, self.device)
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
@@ -519,7 +505,7 @@ class DDPM:
         # linear schedule and by 20,000 with the cosine one. Pixels lie in [-1, 1], so x̂_0 should
         # lie there, too. DDPM's own code also clamps it.
         x_0_pred = self.predict(x_t, t, *condition)[0].clamp(-1, 1)
-        alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]  # of -1: 1
+        alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]  # t_prev = -1: 1
         # NEW in 02: a step may skip some t (Improved DDPM, section 4). Then, in the formulas below,
         # t−1 means t_prev, α_t = ᾱ_t / ᾱ_{t−1}, the product of the α in between, and β_t = 1 − α_t.
         alpha_t = alpha_bar_t / alpha_bar_prev
@@ -550,8 +536,7 @@ class DDPM:
             raise ValueError(f"{steps!r} steps: it must be a whole number, 1 to T = {self.T}")
         timesteps = [round(self.T * i / steps) - 1 for i in range(steps, -1, -1)]
         x_t = torch.randn(n, *self.image_shape, device=self.device)
-        bar = tqdm(timesteps[:-1], "Sampling", unit=" steps")
-        for i, (t, t_prev) in enumerate(zip(bar, timesteps[1:])):
+        for i, (t, t_prev) in enumerate(tqdm([*pairwise(timesteps)], "Sampling", unit=" steps")):
             x_prev, x_0_pred = self.p_sample(x_t, t, t_prev, *condition)
             if frames is not None and i % math.ceil(steps / 50) == 0:
                 frames.append((t, x_t, x_0_pred))
@@ -696,7 +681,7 @@ class DDIM(DDPM):
             x_t = ratio * x_t - math.sqrt(alpha_bars[t_prev]) * math.expm1(-h) * D
 
 
-# %% 6. Training
+# %% 6. Training: what is new, then from `save` on what every long training run needs (skim it)
 
 
 class Muon(torch.optim.Optimizer):
@@ -712,16 +697,15 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, weights, lr):
         super().__init__(weights, {"lr": lr})
+        for weight in self.param_groups[0]["params"]:
+            self.state[weight]["average"] = torch.zeros_like(weight)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             updates = {}  # by shape: equal ones are computed together, in fewer operations
             for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["average"] = torch.zeros_like(weight)
-                average = state["average"].lerp_(weight.grad, 0.05)
+                average = self.state[weight]["average"].lerp_(weight.grad, 0.05)
                 u = weight.grad.lerp(average, 0.95).flatten(1)  # Nesterov; (out, in · kernel)
                 updates.setdefault(u.shape, []).append((weight, u))
             for (rows, columns), pairs in updates.items():
@@ -763,9 +747,6 @@ def update_average(averaged, model, step, ema_decay):
     decay = min(ema_decay, (1 + step) / (10 + step))
     update = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)  # of all weights together
     update([*averaged.parameters()], [*model.parameters()], None)
-
-
-# The rest of this section is what every long training run needs, not only diffusion: skim it.
 
 
 def save(state, path):
@@ -810,7 +791,8 @@ def join_processes():
             sys.exit(f"There are {gpus} GPUs here: use --nproc_per_node={gpus}.")
         if gpus:
             torch.cuda.set_device(local)  # from here on, "cuda" means this process's GPU
-        dist.init_process_group("nccl" if gpus and dist.is_nccl_available() else "gloo")
+        backend = "nccl" if gpus and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 reads all images first
         sys.stdout = sys.stdout if rank == 0 else None  # one process prints for all
     return rank, world
 
@@ -872,11 +854,9 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
                 bar.set_postfix(loss=f"{torch.stack(recent[-50:]).mean():.4f}")
             show = preview and seen < total and now() - shown > 60 * settings["PREVIEW_EVERY"]
             if show or seen >= total or now() - saved > 60 * settings["SAVE_EVERY"]:
-                losses += torch.stack(recent).tolist()
-                recent.clear()
-                weights = torch.stack([weight.detach().sum() for weight in model.parameters()])
-                if not math.isfinite(sum(losses) + weights.sum().item()):
-                    hint = "Halve LEARNING_RATE and start again: the checkpoint is intact."
+                losses, recent = losses + torch.stack(recent).tolist(), []
+                if not math.isfinite(sum(losses) + nn.utils.get_total_norm(model.parameters())):
+                    hint = "Halve LEARNING_RATE and start again: the last checkpoint is intact."
                     sys.exit(f"\nThe loss or a weight is NaN or infinite by step {step}. {hint}")
                 if rank == 0:
                     state = {name: part.state_dict() for name, part in parts.items()}
@@ -893,7 +873,7 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
 
 
 def sample_in_parts(sample, n, size, frames=None):
-    """Return n images of sample(m, frames=...), at most `size` at once; frames: of the first."""
+    """Return n images of sample(m, frames=...), at most `size` at once; frames: of the first m."""
     parts = [min(size, n - first) for first in range(0, n, size)]
     return torch.cat([sample(m, frames=None if i else frames) for i, m in enumerate(parts)])
 
@@ -1009,8 +989,7 @@ def save_sampling_figures(ddim, losses, settings, x_0, folder, note):
 
 # %% 8. Run
 
-# What must be as in a checkpoint to resume from it:
-FIXED = "IMAGES", "T", "SCHEDULE", *NETWORK
+FIXED = "IMAGES", "T", "SCHEDULE", *NETWORK  # must be as in a checkpoint to resume from it
 LIMITS = (  # constants, what each must be, the lowest and the highest value
     ("IMAGE_SIZE BASE_CH NUM_BLOCKS BATCH_SIZE", "a whole number", 1, 100_000),
     ("ATTENTION_AT", "whole numbers", 1, 100_000),
@@ -1039,8 +1018,7 @@ def check(constants):
             values = tuple(value) if many and isinstance(value, list | tuple) else (value,)
             works = all(isinstance(v, type_) and low <= v <= high for v in values)
             if not works or (name == "CHANNEL_MULT" and not values):
-                allowed = f"{kind} from {low} to {high}"
-                sys.exit(f"{name} = {value!r} does not work: it must be {allowed}.")
+                sys.exit(f"{name} = {value!r} does not work: it must be {kind}, {low} to {high}.")
             settings[name] = values if many else value
     try:
         out_dir = Path(out_dir).expanduser()
@@ -1085,7 +1063,7 @@ if __name__ == "__main__":
     count, *shape = images.shape
     settings |= {"DATASET": source, "IMAGES": fingerprint(images), "IMAGE_SHAPE": tuple(shape)}
     path, note = out_dir / "checkpoint.pt", f"{source}, EPOCHS = {EPOCHS}, T = {T}, SEED = {SEED}"
-    path_02 = Path(OUT_DIR_02).expanduser() / "checkpoint.pt"
+    path_02 = Path(str(OUT_DIR_02)).expanduser() / "checkpoint.pt"
     of_02 = not path.exists() and use_02(path_02, settings, count)  # NEW in 04
     if of_02:
         path, note = path_02, f"{source}, the network of 02, SEED = {SEED}"

@@ -141,7 +141,11 @@ def test_each_process_has_a_gpu_of_its_own_and_the_first_one_speaks(monkeypatch)
     script, spoken = load("02_ddpm.py"), sys.stdout
     done = {"device": [], "backend": []}
     monkeypatch.setattr(torch.cuda, "set_device", done["device"].append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", done["backend"].append)
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda backend, timeout: done["backend"].append(backend),
+    )
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: bool(done["backend"]))
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
 

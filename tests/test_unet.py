@@ -108,7 +108,10 @@ def test_prediction_depends_on_image_and_timestep_in_every_block():
     assert (model(x_t + 0.1, t) - model(x_t, t)).abs().max() > 1e-3
     for block in blocks(model):
         x = torch.randn(1, block.norm_1.num_channels, 4, 4)
-        answers = [block(x, model.embed(s)) for s in (t, t + 500)]
+        answers = [
+            block(x, model.time(script.timestep_embedding(s, model.time[0].in_features)))
+            for s in (t, t + 500)
+        ]
         assert (answers[0] - answers[1]).abs().max() > 1e-3
 
 

@@ -506,7 +506,7 @@ def guidance_vectors(predictions, path, title="Guidance in the plane of two pred
     many pixels there are, the predictions without and with the label span a plane, and all others
     lie in it: this is a map of that plane, stretched in one direction.
     """
-    noise = {scale: pred.flatten().double().cpu() for scale, (_, pred) in predictions.items()}
+    noise = {scale: pred.flatten().cpu().double() for scale, (_, pred) in predictions.items()}
     along = noise[0] / noise[0].norm()
     difference = noise[1] - noise[0]
     across = difference - (difference @ along) * along
