@@ -11,7 +11,7 @@ and that counts towards the time of a job.
 1   names of the GPU and the versions
 2   16 bits train about as well as 32; 02, 03 and 05 compute the same on CPU and GPU
 3   time and memory of a training step: diffusers' U-Net, 02 with Adam, and 02 with Muon
-4   03 on CIFAR-10, alone on the GPU, for about five minutes
+4   03 on CIFAR-10, alone on the GPU, for about four minutes
 5   each script with its GPU settings, but fewer steps
 6   02 is killed in training, and resumes on the GPU, the CPU, and the GPU again
 7   what a training step of 05 costs on pixels and on latents
@@ -26,6 +26,7 @@ beside it, and everything that was printed in `log/`.
 import argparse
 import contextlib
 import copy
+import gc
 import importlib
 import multiprocessing
 import os
@@ -190,7 +191,8 @@ def wait_for_gpu():
 
 
 def forget_memory():
-    """Measure the highest use of memory from here on."""
+    """Measure the highest use of memory from here on, without what earlier scripts left behind."""
+    gc.collect()
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
 
@@ -297,7 +299,7 @@ def agreement(add_row, options):
     module, steps, losses = load(options, "02"), 10 if options.rehearse else 200, {}
     images = module.load_dataset(module.DATASET, module.DATA_DIR, 0)[0].to(DEVICE)
     for name in "float32", "bfloat16", "float16":
-        with add_row(what=f"02 in {name}", steps=steps) as row:
+        with add_row(what=f"02 in {name}".replace("float32", "float32 (TF32)"), steps=steps) as row:
             forget_memory()
             module.best_precision = lambda _, name=name: getattr(torch, name)
             losses[name], seconds = train_for(steps, module, "02", [images])
@@ -351,7 +353,7 @@ def training_step(add_row, options):
     module, count = load(options, "02"), 1 if options.rehearse else 15
     widths, side, times = ((4,), 64, {}) if options.rehearse else ((64, 128), 8192, {})
     with add_row(network="a product of large matrices", BASE_CH="") as row:
-        a, b = torch.randn(2, side, side, device=DEVICE).bfloat16()
+        a, b = torch.randn(2, side, side, device=DEVICE).to(module.best_precision(DEVICE))
         peak = 2 * side**3 / best_time(lambda: a @ b, count)
         row |= {"TFLOP/s": peak / 1e12, "share of peak": 1.0}
     for width, variant in [(width, variant) for width in widths for variant in VARIANTS]:
@@ -435,7 +437,7 @@ def cifar10(add_row, options):
 
 
 def all_scripts(add_row, options):
-    """Each script with its GPU settings, but T = 100 and a short run on MNIST"""
+    """Each script with its GPU settings, but T = 100 and a short run on MNIST; 04 samples only"""
     for number, script in SCRIPTS.items():
         with add_row(script=script) as row:
             forget_memory()
@@ -451,8 +453,9 @@ def all_scripts(add_row, options):
 def relay(add_row, options):
     """02 killed in training, then resumed on the GPU, the CPU, and the GPU again"""
     constants = {"DATASET": "DRAWN", "T": 20, "BASE_CH": 8, "BATCH_SIZE": 16}
+    constants |= {"NUM_BLOCKS": 1, "ATTENTION_AT": (14,)}  # as on a CPU: defaults differ there
     checkpoint, gpu = Path("outputs/02_ddpm/checkpoint.pt"), DEVICE.type
-    for leg, device in enumerate([gpu, gpu] if options.rehearse else [gpu, gpu, "cpu", gpu]):
+    for leg, device in enumerate([gpu, gpu, "cpu", gpu]):
         with add_row(run="resumed" if leg else "killed", device=device) as row:
             changes = {"EPOCHS": 10 + leg, "SAVE_EVERY": 2 if leg else 0.001}
             path, started = prepare(options, "02", **constants, **changes), now()
@@ -483,8 +486,8 @@ def latents(add_row, options):
 
 
 JOBS = {  # the functions, and the seconds that they may take, 540 in all
-    **{1: (machine, 25), 2: (agreement, 70), 3: (training_step, 45), 4: (cifar10, 275)},
-    **{5: (all_scripts, 65), 6: (relay, 35), 7: (latents, 25)},
+    **{1: (machine, 60), 2: (agreement, 70), 3: (training_step, 45), 4: (cifar10, 200)},
+    **{5: (all_scripts, 90), 6: (relay, 50), 7: (latents, 25)},
 }
 
 
