@@ -14,13 +14,14 @@ the same steps from image to noise. The defaults of `ddim_sample` differ: new no
 much as in DDPM (η = 1), which makes better digits with this network, and steps that are short near
 the noise ("early"), which help if there are few.
 
-Network, training and DDPM's sampler are those of 02, to the last character. If 02 has left a
-checkpoint, 04 uses its network and trains nothing. What is new is marked `NEW in 04`: the class
-`DDIM` in section 5, the figures, and the use of 02's checkpoint in section 8.
+Network, training and DDPM's sampler are those of 02, to the last character. If 04 has no checkpoint
+of its own, but 02 has one for the same images, 04 uses 02's network and trains nothing. What is new
+is marked `NEW in 04`: constants, the class `DDIM` in section 5, the figures, and in section 8 the
+use of 02's checkpoint.
 
 The script leaves in `outputs/04_ddim_fast_sampling/` a cost table of all samplers (`speed.png`),
-their samples from the same noise (`samplers.png`), reconstructions after inversion
-(`inversion.png`), interpolations, mostly between noise samples (`interpolation.png`), a loop of
+samples of the fast ones from the same noise (`samplers.png`), reconstructions after inversion
+(`inversion.png`), interpolations, mostly between noise samples (`interpolation.png`), loops of
 transitions (`transitions.gif`), and 36 samples as in 01. After
 `python -i 04_ddim_fast_sampling.py`, or `ddim = DDIM.load(path)`:
 `ddim.ddim_sample(n=16, ddim_steps=20)`, `ddim.sample(n=16)`, `ddim.ddim_invert(x)`.
@@ -295,7 +296,7 @@ def timestep_embedding(t, dim):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Normalise ch channels in groups of at least 8 (or all of them), each image by itself.
+    """NEW in 02. Normalise in groups of at least 8 of ch channels, not all; each image by itself.
 
     BatchNorm would average over images with different t. In a group of its own, a channel would
     lose its mean, and the block would not see how bright the image is. With 16 bits, PyTorch would
@@ -688,7 +689,7 @@ class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
     Gradients are large in a few directions (singular vectors) and small in most. Muon scales
-    all of them to about the same size. On a CPU, a step takes about 10 % longer than with Adam, but
+    all of them to about the same size. On a CPU, a step takes 4 to 8 % longer than with Adam, but
     after two minutes of training 02's Fréchet distance is about half as large (tests/README.md).
     weights: parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
     kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
