@@ -1,6 +1,7 @@
 """A folder of images of one's own as DATASET: any kind of image, with classes or without."""
 
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -282,6 +283,22 @@ def test_what_cannot_be_read_is_named_at_once_and_left_out(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("Left out {'.png': 5, '.txt': 1, '.heic': 1}, not readable: ")
     assert all(f"broken_{i}.png (" in said for i in range(5)) and said.count("\n") == 1
+
+
+def test_a_damaged_file_does_not_stay_open(tmp_path, monkeypatch):
+    """Otherwise, a thousand of them would use up what a process may open."""
+    folder, opened = write_folder(tmp_path / "cats", *(f"{i}.png" for i in range(5))), []
+
+    def damaged(file, size):
+        assert not any(image() for image in opened), "an earlier file is still open"
+        image = Image.open(file)
+        opened.append(weakref.ref(image))
+        if len(opened) < 4:
+            raise OSError("damaged")
+        return torch.zeros(3, size, size)
+
+    monkeypatch.setattr(script, "read_image", damaged)
+    assert len(script.load_folder(folder, 8)[0]) == 2 and len(opened) == 5
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")

@@ -124,6 +124,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(project, monkeypa
     assert not (project.folder / "data").exists()
 
 
+def test_guidance_acts_somewhere(project):
+    project.edit("03_conditional_ddpm.py", GUIDE_ABOVE=0.7, GUIDE_BELOW=0.3)
+    done = project.run_here("03_conditional_ddpm.py")
+    line = "GUIDE_BELOW = 0.3 does not work: it must be a number, 0.7 to 1.\n"
+    assert done.stderr == line and not (project.folder / "outputs").exists()
+
+
 def test_a_tilde_is_the_home_folder(project, tmp_path, monkeypatch, figures):
     """In the names of all folders; 04 has one more than the others."""
     home, of_04 = tmp_path / "home", "04_ddim_fast_sampling.py"
