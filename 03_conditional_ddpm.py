@@ -285,7 +285,7 @@ def timestep_embedding(t, dim):
 
 
 class GroupNorm(nn.GroupNorm):
-    """NEW in 02. Normalise in groups of at least 8 of ch channels, not all; each image by itself.
+    """NEW in 02. Normalise groups of 8 or more channels (01: all together), each image by itself.
 
     BatchNorm would average over images with different t. In a group of its own, a channel would
     lose its mean, and the block would not see how bright the image is. With 16 bits, PyTorch would
@@ -311,10 +311,10 @@ def zero_init(layer):
 class Attention(nn.Module):
     """NEW in 02. Let each position of x (B, ch, H, W) gather information from all others.
 
-    Each position has a query, a key and a value. It receives the mean of all values, weighted by
-    how well their keys match its query. Several heads do this in parallel, each on its share of the
-    channels. A convolution sees 3 × 3 positions, and attention sees them all. But the cost of
-    attention grows with the square of their number, so only coarse levels have it.
+    A 1 × 1 convolution gives each position a query, a key and a value. The position receives the
+    mean of all values, weighted by how well their keys match its query. Several heads do this in
+    parallel, each on its share of the channels. A convolution sees 3 × 3 positions, and attention
+    sees them all. Its cost grows with the square of their number, so only coarse levels have it.
     """
 
     def __init__(self, ch):
@@ -447,10 +447,11 @@ NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # 
 def random_timesteps(n, T, device):
     """NEW in 02. Return n random t, int64 (n,), 0 ... T - 1, large ones more often:  t = T · √u.
 
-    DDPM draws t uniformly. Then the fifth with t < 200 causes half of 02's loss and 96 % of its
-    squared gradient norm (MNIST), all of it about fine detail. What an image shows is settled at
-    larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
-    (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
+    u is uniform in 0 ... 1, and spread evenly over the batch. If t itself were uniform, as in DDPM,
+    the 20 % with t < 200 would cause half of 02's loss and 96 % of its squared gradient norm
+    (MNIST): fine detail would steer training. What an image shows is settled at larger t. Here,
+    t < 200 in 4 % of the cases. The best prediction for each t stays the same: this only weights
+    the loss, as do, in other ways, arXiv:2204.00227 and arXiv:2303.09556.
     """
     u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
     return (T * u.sqrt()).long().clamp(max=T - 1)
@@ -510,18 +511,19 @@ class DDPM:
     def p_sample(self, x_t, t, t_prev, *condition):
         """Go from x_t (B, C, H, W) at t to any t_prev < t, ints: return x_prev and x_0_pred."""
         # NEW in 02: 1/√ᾱ_t magnifies the errors of ε_θ: at the start of sampling, by 157 with the
-        # linear schedule and by 20,000 with the cosine one. Pixels lie in [-1, 1], so x̂_0 should
-        # lie there, too. DDPM's own code also clamps it.
+        # linear schedule, by 20,000 with the cosine one (its last β is 0.999). Pixels lie in
+        # [-1, 1], so x̂_0 should lie there, too. DDPM's own code also clamps it.
         x_0_pred = self.predict(x_t, t, *condition)[0].clamp(-1, 1)
         alpha_bar_t, alpha_bar_prev = self.alpha_bars[t], self.alpha_bars[t_prev]  # t_prev = -1: 1
-        # NEW in 02: a step may skip some t (Improved DDPM, section 4). Then, in the formulas below,
+        # NEW in 02: a step may skip some t (Improved DDPM, section 4; 04 says why). Then, below,
         # t−1 means t_prev, α_t = ᾱ_t / ᾱ_{t−1}, the product of the α in between, and β_t = 1 − α_t.
         alpha_t = alpha_bar_t / alpha_bar_prev
         beta_t = 1 - alpha_t
         # DDPM Eq. 7, the mean of x_{t−1} given x_t and x_0, where x̂_0 replaces the unknown x_0:
         #   μ̃_t = √ᾱ_{t−1}·β_t / (1−ᾱ_t) · x̂_0 + √α_t·(1−ᾱ_{t−1}) / (1−ᾱ_t) · x_t
         # and its variance,  β̃_t = (1−ᾱ_{t−1}) / (1−ᾱ_t) · β_t.  Unclamped, this mean is that of
-        # Algorithm 2, line 4. NEW in 02: σ_t² = β̃_t. (01 takes β_t; section 3.2 allows both.)
+        # Algorithm 2, line 4. NEW in 02: σ_t² = β̃_t. (Section 3.2 allows both; 01's β_t would be
+        # too much noise for long steps.)
         weight_x_0 = math.sqrt(alpha_bar_prev) * beta_t / (1 - alpha_bar_t)
         weight_x_t = math.sqrt(alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
         x_prev = weight_x_0 * x_0_pred + weight_x_t * x_t
@@ -660,9 +662,10 @@ def to_labels(labels, n, class_names):
 class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
-    Gradients are large in a few directions (singular vectors) and small in most. Muon scales
-    all of them to about the same size. On a CPU, a step takes 4 to 8 % longer than with Adam, but
-    after two minutes of training 02's Fréchet distance is about half as large (tests/README.md).
+    Gradients are large in a few directions (singular vectors) and small in many that also matter.
+    Muon scales all of them to about the same size. On a CPU, a step takes 4 to 8 % longer than with
+    Adam, but after two minutes, 02's samples are about half as far from real digits
+    (tests/README.md).
     weights: parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
     kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
     in bfloat16, which is slow on many CPUs.)
@@ -683,9 +686,10 @@ class Muon(torch.optim.Optimizer):
                 updates.setdefault(u.shape, []).append((weight, u))
             for (rows, columns), pairs in updates.items():
                 u = torch.stack([u for _, u in pairs])  # (count, out, in · kernel)
-                u /= u.norm(dim=(1, 2), keepdim=True) + 1e-7  # all singular values σ: at most 1
-                # Newton–Schulz steps with Jordan's coefficients bring all but tiny ones near 1:
-                for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
+                u /= u.norm(dim=(1, 2), keepdim=True) + 1e-7  # all singular values s: at most 1
+                # Newton–Schulz: u·uᵀ·u has the singular values s³. So products alone, with Jordan's
+                # coefficients, bring all but tiny ones to about 0.7 ... 1.2.
+                for _ in range(5):  # s ← 3.4445 s − 4.7750 s³ + 2.0315 s⁵
                     gram = u @ u.mT
                     gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
                     u = torch.baddbmm(u, gram, u, beta=3.4445)
@@ -698,8 +702,8 @@ class Muon(torch.optim.Optimizer):
 def split_weights(model):
     """Return the matrices inside the network, for Muon, and all other weights, for Adam.
 
-    Muon's authors leave the first and the last layer, vectors and embeddings to Adam. (They also
-    update query, key and value separately; here these are rows of one matrix.)
+    Muon's authors leave the first and the last layer, vectors and embeddings (03 has one) to Adam.
+    (They also update query, key and value separately; here these are rows of one matrix.)
     """
     inner, outer = [], []
     for name, weight in model.named_parameters():

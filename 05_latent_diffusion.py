@@ -311,7 +311,7 @@ def timestep_embedding(t, dim):
 
 
 class GroupNorm(nn.GroupNorm):
-    """NEW in 02. Normalise in groups of at least 8 of ch channels, not all; each image by itself.
+    """NEW in 02. Normalise groups of 8 or more channels (01: all together), each image by itself.
 
     BatchNorm would average over images with different t. In a group of its own, a channel would
     lose its mean, and the block would not see how bright the image is. With 16 bits, PyTorch would
@@ -337,10 +337,10 @@ def zero_init(layer):
 class Attention(nn.Module):
     """NEW in 02. Let each position of x (B, ch, H, W) gather information from all others.
 
-    Each position has a query, a key and a value. It receives the mean of all values, weighted by
-    how well their keys match its query. Several heads do this in parallel, each on its share of the
-    channels. A convolution sees 3 × 3 positions, and attention sees them all. But the cost of
-    attention grows with the square of their number, so only coarse levels have it.
+    A 1 × 1 convolution gives each position a query, a key and a value. The position receives the
+    mean of all values, weighted by how well their keys match its query. Several heads do this in
+    parallel, each on its share of the channels. A convolution sees 3 × 3 positions, and attention
+    sees them all. Its cost grows with the square of their number, so only coarse levels have it.
     """
 
     def __init__(self, ch):
@@ -594,10 +594,11 @@ AUTOENCODER = "VAE_CH", "LATENT_CH", "DOWNSAMPLE"  # the constants after the sha
 def random_timesteps(n, T, device):
     """NEW in 02. Return n random t, int64 (n,), 0 ... T - 1, large ones more often:  t = T · √u.
 
-    DDPM draws t uniformly. Then the fifth with t < 200 causes half of 02's loss and 96 % of its
-    squared gradient norm (MNIST), all of it about fine detail. What an image shows is settled at
-    larger t. Here t < 200 in 4 % of the cases, and u is spread evenly over the batch.
-    (Weights of the loss have the same aim: arXiv:2204.00227, arXiv:2303.09556.)
+    u is uniform in 0 ... 1, and spread evenly over the batch. If t itself were uniform, as in DDPM,
+    the 20 % with t < 200 would cause half of 02's loss and 96 % of its squared gradient norm
+    (MNIST): fine detail would steer training. What an image shows is settled at larger t. Here,
+    t < 200 in 4 % of the cases. The best prediction for each t stays the same: this only weights
+    the loss, as do, in other ways, arXiv:2204.00227 and arXiv:2303.09556.
     """
     u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
     return (T * u.sqrt()).long().clamp(max=T - 1)
@@ -737,9 +738,10 @@ class LatentDiffusion:
 class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
-    Gradients are large in a few directions (singular vectors) and small in most. Muon scales
-    all of them to about the same size. On a CPU, a step takes 4 to 8 % longer than with Adam, but
-    after two minutes of training 02's Fréchet distance is about half as large (tests/README.md).
+    Gradients are large in a few directions (singular vectors) and small in many that also matter.
+    Muon scales all of them to about the same size. On a CPU, a step takes 4 to 8 % longer than with
+    Adam, but after two minutes, 02's samples are about half as far from real digits
+    (tests/README.md).
     weights: parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
     kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
     in bfloat16, which is slow on many CPUs.)
@@ -760,9 +762,10 @@ class Muon(torch.optim.Optimizer):
                 updates.setdefault(u.shape, []).append((weight, u))
             for (rows, columns), pairs in updates.items():
                 u = torch.stack([u for _, u in pairs])  # (count, out, in · kernel)
-                u /= u.norm(dim=(1, 2), keepdim=True) + 1e-7  # all singular values σ: at most 1
-                # Newton–Schulz steps with Jordan's coefficients bring all but tiny ones near 1:
-                for _ in range(5):  # σ ← 3.4445 σ − 4.7750 σ³ + 2.0315 σ⁵
+                u /= u.norm(dim=(1, 2), keepdim=True) + 1e-7  # all singular values s: at most 1
+                # Newton–Schulz: u·uᵀ·u has the singular values s³. So products alone, with Jordan's
+                # coefficients, bring all but tiny ones to about 0.7 ... 1.2.
+                for _ in range(5):  # s ← 3.4445 s − 4.7750 s³ + 2.0315 s⁵
                     gram = u @ u.mT
                     gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
                     u = torch.baddbmm(u, gram, u, beta=3.4445)
@@ -775,8 +778,8 @@ class Muon(torch.optim.Optimizer):
 def split_weights(model):
     """Return the matrices inside the network, for Muon, and all other weights, for Adam.
 
-    Muon's authors leave the first and the last layer, vectors and embeddings to Adam. (They also
-    update query, key and value separately; here these are rows of one matrix.)
+    Muon's authors leave the first and the last layer, vectors and embeddings (03 has one) to Adam.
+    (They also update query, key and value separately; here these are rows of one matrix.)
     """
     inner, outer = [], []
     for name, weight in model.named_parameters():
