@@ -375,7 +375,8 @@ class UNet(nn.Module):
         super().__init__()
         (channels, side, _), dim = shape, 4 * base_ch
         if side % 2 ** (len(ch_mult) - 1):
-            sys.exit(f"CHANNEL_MULT = {ch_mult} halves {side} pixels too often: shorten either.")
+            hint = "shorten it, or change IMAGE_SIZE."
+            sys.exit(f"CHANNEL_MULT = {ch_mult} halves {side} pixels too often: {hint}")
 
         def blocks(level, in_ch):
             sizes = [in_ch] + num_blocks * [ch[level]]
@@ -399,7 +400,7 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(ch[0], channels, 3, padding=1))
 
     def forward(self, x_t, t, condition=0):
-        """condition: an embedding (B, time_dim), added to that of t."""
+        """condition: an embedding (B, time_dim) to add to that of t; 03 has one."""
         time = self.time(timestep_embedding(t, self.time[0].in_features)) + condition
         # Mixed precision: on NVIDIA GPUs, matrix products use 16 bits. Weights, sums over
         # many values and everything outside the network stay float32.
@@ -412,7 +413,7 @@ class UNet(nn.Module):
                     h = block(h, time)
             h = self.middle_2(self.middle_1(h, time), time)  #           (B, 64, 7, 7)
             for grow, blocks in zip(self.grow, self.up):
-                h = grow(h)  #           `to`: CUDA's autocast returns an enlarged h as float32
+                h = grow(h)  # `to`, below: CUDA's autocast would return the larger h in float32
                 h = F.interpolate(h, scale_factor=2).to(h.dtype)  #      (B, 32, 14, 14), ...
                 h = torch.cat([h, skips.pop()], dim=1)
                 for block in blocks:
