@@ -5,7 +5,7 @@
 
 Training and sampling are still the two algorithms of 01, and the network is 01's with more blocks.
 What is new is marked `NEW in 02`. tests/README.md shows what each addition (except to `p_sample`)
-gains in equal training time. (At this size, attention and averaged weights gain nothing.)
+gains in equal training time. (There, attention and averaged weights gain nothing beyond chance.)
 
   cosine schedule    section 3   fewer steps are wasted on images that are almost pure noise
   attention          section 4   every part of an image takes the whole image into account
@@ -181,7 +181,7 @@ def load_dataset(name, folder, size):
     """Return images, uint8 (N, C, H, W), labels, int64 (N,), class names, and the dataset's name.
 
     name: a dataset of torchvision, "DRAWN", or a folder of images, which are resized to `size`.
-    If MNIST cannot be loaded, rendered digits replace it; without another one, the program ends.
+    If MNIST cannot be loaded, rendered digits replace it; for other datasets, the program ends.
     """
     if name == "DRAWN":
         images, labels = draw_digits()
@@ -285,7 +285,7 @@ def timestep_embedding(t, dim):
 
 
 class GroupNorm(nn.GroupNorm):
-    """NEW in 02. Normalise groups of 8 or more channels (01: all together), each image by itself.
+    """Normalise ch channels in groups of at least 8 (or all, as in 01), each image by itself.
 
     BatchNorm would average over images with different t. In a group of its own, a channel would
     lose its mean, and the block would not see how bright the image is. With 16 bits, PyTorch would
@@ -375,7 +375,7 @@ class UNet(nn.Module):
         super().__init__()
         (channels, side, _), dim = shape, 4 * base_ch
         if side % 2 ** (len(ch_mult) - 1):
-            hint = "shorten it, or change IMAGE_SIZE."
+            hint = "shorten it, or change the IMAGE_SIZE of a folder."
             sys.exit(f"CHANNEL_MULT = {ch_mult} halves {side} pixels too often: {hint}")
 
         def blocks(level, in_ch):
@@ -402,7 +402,7 @@ class UNet(nn.Module):
     def forward(self, x_t, t, condition=0):
         """condition: an embedding (B, time_dim) to add to that of t; 03 has one."""
         time = self.time(timestep_embedding(t, self.time[0].in_features)) + condition
-        # Mixed precision: on NVIDIA GPUs, matrix products use 16 bits. Weights, sums over
+        # Mixed precision: on CUDA GPUs, matrix products use 16 bits. Weights, sums over
         # many values and everything outside the network stay float32.
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision.itemsize < 4):
             h, time, skips = self.conv_in(x_t), F.silu(time), []  #      (B, 8, 28, 28)
@@ -413,7 +413,7 @@ class UNet(nn.Module):
                     h = block(h, time)
             h = self.middle_2(self.middle_1(h, time), time)  #           (B, 64, 7, 7)
             for grow, blocks in zip(self.grow, self.up):
-                h = grow(h)  # `to`, below: CUDA's autocast would return the larger h in float32
+                h = grow(h)  # `to`, below: in CUDA's autocast, `interpolate` returns float32
                 h = F.interpolate(h, scale_factor=2).to(h.dtype)  #      (B, 32, 14, 14), ...
                 h = torch.cat([h, skips.pop()], dim=1)
                 for block in blocks:
@@ -430,11 +430,11 @@ NETWORK = "BASE_CH", "CHANNEL_MULT", "NUM_BLOCKS", "ATTENTION_AT", "DROPOUT"  # 
 def random_timesteps(n, T, device):
     """NEW in 02. Return n random t, int64 (n,), 0 ... T - 1, large ones more often:  t = T · √u.
 
-    u is uniform in 0 ... 1, and spread evenly over the batch. If t itself were uniform, as in DDPM,
-    the 20 % with t < 200 would cause half of 02's loss and 96 % of its squared gradient norm
-    (MNIST): fine detail would steer training. What an image shows is settled at larger t. Here,
-    t < 200 in 4 % of the cases. The best prediction for each t stays the same: this only weights
-    the loss, as do, in other ways, arXiv:2204.00227 and arXiv:2303.09556.
+    u is uniform in 0 ... 1, and each n-th of this range has one u. If t itself were uniform, as in
+    DDPM, the 20 % with t < 200 would cause half of 02's loss and 96 % of its squared gradient norm
+    (MNIST): fine detail would steer training. What an image shows is settled at larger t. Here, 4 %
+    have t < 200. The best prediction for each t stays the same: this only weights the loss, as do,
+    in other ways, arXiv:2204.00227 and arXiv:2303.09556.
     """
     u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
     return (T * u.sqrt()).long().clamp(max=T - 1)
@@ -545,10 +545,9 @@ class DDPM:
 class Muon(torch.optim.Optimizer):
     """NEW in 02. Momentum, but each update of a matrix is about equally large in all directions.
 
-    Gradients are large in a few directions (singular vectors) and small in many that also matter.
-    Muon scales all of them to about the same size. On a CPU, a step takes 4 to 8 % longer than with
-    Adam, but after two minutes, 02's samples are about half as far from real digits
-    (tests/README.md).
+    Gradients are large in a few directions (singular vectors) and small in many that may matter,
+    too. Muon scales all of them to about the same size. On a CPU, a step takes 4 to 8 % longer than
+    with Adam, but after two minutes, 02's Fréchet distance is about half (tests/README.md).
     weights: parameters of two or more dimensions; lr: about 0.02. Jordan et al. 2024,
     kellerjordan.github.io/posts/muon. (torch.optim.Muon does not accept convolutions, and computes
     in bfloat16, which is slow on many CPUs.)
@@ -652,7 +651,7 @@ def join_processes():
         if gpus:
             torch.cuda.set_device(local)  # from here on, "cuda" means this process's GPU
         backend = "nccl" if gpus and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 reads all images first
+        dist.init_process_group(backend, timeout=timedelta(hours=3))  # rank 0 reads the images
         sys.stdout = sys.stdout if rank == 0 else None  # one process prints for all
     return rank, world
 

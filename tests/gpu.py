@@ -14,7 +14,7 @@ and that counts towards the time of a job.
 4   03 on CIFAR-10, alone on the GPU, for about four minutes
 5   each script with its GPU settings, but fewer steps
 6   02 is killed in training, and resumes on the GPU, the CPU, and the GPU again
-7   what a training step of 05 costs on pixels and on latents
+7   what loss and gradients of 05 cost on pixels and on latents
 
 Each job is a function that runs in a process of its own with a time limit. Later jobs may use the
 time that earlier ones did not need. A job that fails or takes too long is noted with the last line

@@ -124,7 +124,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_once(project, monkeypa
     assert not (project.folder / "data").exists()
 
 
-def test_guidance_acts_somewhere(project):
+def test_the_interval_of_guidance_is_not_backwards(project):
     project.edit("03_conditional_ddpm.py", GUIDE_ABOVE=0.7, GUIDE_BELOW=0.3)
     done = project.run_here("03_conditional_ddpm.py")
     line = "GUIDE_BELOW = 0.3 does not work: it must be a number, 0.7 to 1.\n"
