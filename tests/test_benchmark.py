@@ -152,10 +152,10 @@ def test_cost_of_diffusion_on_pixels_and_latents():
     settings |= {"NUM_BLOCKS": 1, "VAE_CH": 4, "LATENT_CH": 2, "DOWNSAMPLE": 4}
     rows = benchmark.costs_of_05(module, settings, torch.device("cpu"), sides=(32, 64), batch=4)
     assert [row[""] for row in rows[4:]] == [
-        "64 × 64: ms per training step of 4 images",
+        "64 × 64: ms for loss and gradients of 4 images",
         "64 × 64: MB for its gradients",
         "64 × 64: ms per image, 5 steps",
-        "64 × 64: ms per step of the VAE",
+        "64 × 64: ms for loss and gradients of the VAE",
     ]
     assert float(rows[5]["pixels"]) > 3 * float(rows[1]["pixels"]), "four times as many pixels"
     assert float(rows[5]["pixels"]) > 3 * float(rows[5]["latents"])
