@@ -455,7 +455,7 @@ def relay(add_row, options):
     constants = {"DATASET": "DRAWN", "T": 20, "BASE_CH": 8, "BATCH_SIZE": 16}
     constants |= {"NUM_BLOCKS": 1, "ATTENTION_AT": (14,)}  # as on a CPU: defaults differ there
     checkpoint, gpu = Path("outputs/02_ddpm/checkpoint.pt"), DEVICE.type
-    for leg, device in enumerate([gpu, gpu, "cpu", gpu]):
+    for leg, device in enumerate([gpu, gpu] if options.rehearse else [gpu, gpu, "cpu", gpu]):
         with add_row(run="resumed" if leg else "killed", device=device) as row:
             changes = {"EPOCHS": 10 + leg, "SAVE_EVERY": 2 if leg else 0.001}
             path, started = prepare(options, "02", **constants, **changes), now()
