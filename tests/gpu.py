@@ -220,11 +220,10 @@ def prepare(options, number, **constants):
     def edit(line):
         return f"{line[1]} = {constants[line[1]]!r}" if line[1] in constants else line[0]
 
-    text = (ROOT / SCRIPTS[number]).read_text("utf-8")
-    text = re.sub(r"(?m)^([A-Z][A-Z_]*) = .*$", edit, text)
+    path = Path(SCRIPTS[number])
+    text = re.sub(r"(?m)^([A-Z][A-Z_]*) = .*$", edit, (ROOT / path).read_text("utf-8"))
     if constants.get("DATASET") == "DRAWN":  # few of them: drawing takes time
         text = text.replace("draw_digits()", "draw_digits(200)")
-    path = Path(SCRIPTS[number])
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -411,8 +410,7 @@ def their_unet(width, module, settings):
     sizes |= {"up_block_types": tuple(f"{kind}UpBlock2D" for kind in kinds[::-1])}
     sizes |= {"attention_head_dim": min(64, width), "norm_num_groups": max(1, width // 8)}
     net = UNet2DModel(**sizes).to(DEVICE, memory_format=module.best_layout(DEVICE))
-    mixed = torch.autocast(DEVICE.type, module.best_precision(DEVICE), enabled=ON_GPU)
-    forward = mixed(net.forward)
+    forward = torch.autocast(DEVICE.type, module.best_precision(DEVICE), ON_GPU)(net.forward)
     return net, lambda x_t, t: forward(x_t, t).sample.float()
 
 
@@ -424,9 +422,8 @@ def cifar10(add_row, options):
         data = [x.to(DEVICE) for x in module.load_dataset(module.DATASET, module.DATA_DIR, 0)[:2]]
         losses, seconds = train_for(steps, module, "03", data)
         row |= {"ms": 1000 * seconds, "last losses": mean(losses)}
-    if not options.rehearse:
-        # 45 seconds for samples and figures, and a tenth of the rest for previews and checkpoints.
-        steps = max(1, 0.9 * (options.deadline - now() - 45) / seconds)
+    # 45 seconds for samples and figures, and a tenth of the rest for previews and checkpoints.
+    steps = steps if options.rehearse else 0.9 * max(1, options.deadline - now() - 45) / seconds
     constants |= {"EPOCHS": steps * module.BATCH_SIZE / len(data[0])}
     with add_row(what=f"{constants['EPOCHS']:.2f} epochs") as row:
         forget_memory()
