@@ -161,6 +161,6 @@ def test_ctrl_c_in_training_samples_with_what_was_learned(project, notes, step):
     with ctrl_c(step):
         done = project.run_here(SCRIPT)
     check(project, done)
-    assert "Training ended early" in done.stdout and "Saved samples.png" in done.stdout
+    assert "Training ended early" in done.stdout and ": samples.png, denoising.png" in done.stdout
     assert "600 images of DRAWN" in done.stdout and f"{step - 1} training steps" in notes[0]
     assert "5/5" in done.stderr and "Traceback" not in done.stderr

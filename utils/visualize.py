@@ -299,7 +299,7 @@ def save_results(folder, samples, frames, losses, note="", title="Generated imag
     denoising_strip(frames, folder / "denoising.png", note=note)
     denoising_gif(frames, folder / "denoising.gif", note=note.split(",")[0])
     loss_curve(losses, folder / "loss.png", note=note)
-    print(f"Saved samples.png, denoising.png, denoising.gif and loss.png in {folder}")
+    print(f"Pictures in {folder}: samples.png, denoising.png, denoising.gif and loss.png")
 
 
 @matplotlib.rc_context(STYLE)
