@@ -400,10 +400,10 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(ch[0], channels, 3, padding=1))
 
     def forward(self, x_t, t, condition=0):
-        """condition: an embedding (B, time_dim) to add to that of t; 03 has one."""
+        """Return the prediction, like x_t. In 03, condition (B, time_dim) joins t's embedding."""
         time = self.time(timestep_embedding(t, self.time[0].in_features)) + condition
-        # Mixed precision: on CUDA GPUs, matrix products use 16 bits. Weights, sums over
-        # many values and everything outside the network stay float32.
+        # Mixed precision: on CUDA GPUs, matrix products use 16 bits. Weights, sums over many values
+        # and everything outside the network stay float32.
         with torch.autocast(x_t.device.type, self.precision, enabled=self.precision.itemsize < 4):
             h, time, skips = self.conv_in(x_t), F.silu(time), []  #      (B, 8, 28, 28)
             for shrink, blocks in zip(self.shrink, self.down):

@@ -652,14 +652,8 @@ def costs_of_05(module, settings, device, sides=(32, 64, 128), batch=4):
             cells = f"{pixels:.0f}", f"{latents:.0f}", f"{pixels / latents:.1f} ×"
             rows.append([f"{side} × {side}: {name}", *cells])
         seconds, _ = training_cost(lambda x=x, vae=vae: module.vae_loss(x, *vae(x), 0.002))
-        rows.append(
-            [
-                f"{side} × {side}: ms for loss and gradients of the VAE",
-                "",
-                f"{1000 * seconds:.0f}",
-                "",
-            ]
-        )
+        name = f"{side} × {side}: ms for loss and gradients of the VAE"
+        rows.append([name, "", f"{1000 * seconds:.0f}", ""])
     return [dict(zip(("", "pixels", "latents", "ratio"), row)) for row in rows]
 
 
