@@ -5,9 +5,9 @@
 What is a diffusion model? Take a picture, fade it a little and add a little random noise; repeat.
 After 1000 steps only noise is left. Ruining a picture is easy; the way back must be learned.
 Training: give a picture the noise of a random number of steps, let a neural network predict that
-noise, and adjust the network to reduce its error. Repeat this with all the pictures (`loss`).
-Sampling: start from pure noise. 1000 times, predict the noise, remove a little of it, and add a
-little new noise (`p_sample`). What is left at the end is a new picture.
+noise (`loss`), and adjust the network to reduce its error. Repeat this with all the pictures.
+Sampling: start from pure noise. 1000 times, predict the noise, remove a little of it and, except
+at the end, add a little new noise (`p_sample`). What is left is a new picture.
 
 Schedule, loss and sampler are the paper's, line by line; network and training are simpler. Read
 sections 3 to 5 of this file, skim the rest. After `python -i 01_ddpm_toy.py`: `ddpm.sample(n=16)`.
@@ -19,7 +19,7 @@ x_t, x_prev       x_t, x_{t-1}  (B, C, H, W)   noisy images at step t, at the st
 noise             ε             (B, C, H, W)   Gaussian noise, mean 0, variance 1
 noise_pred        ε_θ(x_t, t)   (B, C, H, W)   the network's prediction of it (θ: its weights)
 t                 t             (B,)           0 ... T-1 (paper: 1 ... T); t = 0: after one step
-betas, alphas     β, α = 1 - β  (T,)           variance that a step adds, share that it keeps
+betas, alphas     β, α = 1 - β  (T,)           noise variance of a step; share it leaves
 alphas_cumprod    ᾱ             (T,)           product of the alphas: the share left at step t
 """
 
@@ -79,7 +79,7 @@ def linear_beta_schedule(T):
 def q_sample(x_0, t, noise, alphas_cumprod):
     """Add the noise of all steps up to t (B,) to images x_0 (B, C, H, W), in one go."""
     alpha_bar_t = alphas_cumprod[t].view(-1, 1, 1, 1)
-    # DDPM Eq. 2, one step:  x_t = √α_t · x_{t−1} + √β_t · ε_t.  Two steps from x_0 lead to
+    # DDPM Eq. 2, one step (t from 1):  x_t = √α_t · x_{t−1} + √β_t · ε_t.  Two steps lead to
     #   x_2 = √α_2 · (√α_1 · x_0 + √β_1 · ε_1) + √β_2 · ε_2.  Sums of independent Gaussians
     #   are Gaussian; variances add up: α_2 · (1 − α_1) + (1 − α_2) = 1 − α_1·α_2 = 1 − ᾱ_2,
     # and so on, step by step, up to DDPM Eq. 4:  x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε
@@ -169,9 +169,9 @@ class SimpleDDPM:
         t = torch.randint(self.T, (len(x_0),), device=self.device)  # any step, for each image
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
-        # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖².  Why the square? Training compares our step back
-        # with the true one given x_0 (Eq. 5). Both are Gaussians of fixed width, so means count:
-        # their squared distance (Eq. 8) is this error times a factor (Eq. 12), which Eq. 14 drops.
+        # DDPM Eq. 14, per pixel:  mean of ‖ε − ε_θ(x_t, t)‖².  Why the square? The step of p_sample
+        # should be like the true one, given x_0 (Eq. 5). Both are Gaussians of fixed width; their
+        # means differ (Eq. 8) by this error times a factor (Eq. 12), which Eq. 14 drops.
         return F.mse_loss(noise_pred, noise)
 
     def p_sample(self, x_t, t):
@@ -180,12 +180,12 @@ class SimpleDDPM:
         beta_t, alpha_t, alpha_bar_t = self.betas[t], self.alphas[t], self.alphas_cumprod[t]
         # Guess the image, move a little towards it, add new noise. Eq. 4 solved for x_0 (Eq. 15):
         #   x̂_0 = (x_t − √(1−ᾱ_t) · ε_θ) / √ᾱ_t.  Training with squared error makes it the mean of
-        # all x_0 that x_t may come from, a blur. So we go only to x_{t−1}. Where is it?
+        # all x_0 that x_t may come from: a blur, but good for one step, to x_{t−1}. Where is it?
         #   around x_t/√α_t, with variance β_t/α_t (Eq. 2, solved for x_{t−1}), and
         #   around √ᾱ_{t−1} · x̂_0, with variance 1−ᾱ_{t−1} (Eq. 4).
-        # Bayes' rule multiplies both Gaussians. Their mean, each weighed by 1 / variance (Eq. 7),
-        # with x̂_0 put in, is 1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ).  Algorithm 2, line 4, adds z:
-        # at t = 500, if ε_θ = ε, this is √ᾱ_{t−1}·x_0 + noise of variance 0.911; 1−ᾱ_{t−1} = 0.921.
+        # Bayes' rule multiplies both Gaussians. Weighted by 1 / variance, their centres give the
+        # mean (Eq. 7), with x̂_0 put in: 1/√α_t · (x_t − β_t/√(1−ᾱ_t) · ε_θ), Algorithm 2, line 4.
+        # At t = 500, if ε_θ = ε, it has noise of variance 0.911; z adds β_t: 1−ᾱ_{t−1} = 0.921.
         x_prev = (x_t - beta_t / (1 - alpha_bar_t).sqrt() * noise_pred) / alpha_t.sqrt()
         if t > 0:  # line 3: not in the last step. Why z? Many x_{t−1} fit x_t; this draws one.
             x_prev = x_prev + beta_t.sqrt() * torch.randn_like(x_t)

@@ -33,8 +33,8 @@ Code              Paper            Shape          Meaning (for other symbols see
 labels            c                (B,)           the class of each image, 0 ... classes - 1
 null_label        ∅                               "no class in particular": the number of classes
 noise_cond        ε_θ(x_t, t, c)   (B, C, H, W)   noise predicted with the label
-noise_uncond      ε_θ(x_t, t)      (B, C, H, W)   noise predicted without it
-guidance_scale    s = 1 + w                       0: label ignored, 1: no guidance, 2: guided
+noise_uncond      ε_θ(x_t, t, ∅)   (B, C, H, W)   noise predicted without it (CFG: ε_θ(x_t, t))
+guidance_scale    s = 1 + w                       0: label ignored, 1: label, no guidance
 """
 
 # %% 1. Settings: edit and run again
@@ -81,7 +81,7 @@ BATCH_SIZE = 128 if ON_GPU else 64  # images per training step, over all GPUs to
 LEARNING_RATE = 0.02  # peak learning rate of Muon; halve it if the loss jumps up
 EMA_DECAY = 0.9999  # highest decay of the averaged weights; reached only after 90,000 steps
 P_UNCOND = 0.1  # NEW in 03: share of the labels withheld in training; CFG: 0.1 and 0.2 beat 0.5
-GUIDANCE_SCALE = 2.0  # NEW in 03: how strongly labels act; 0: ignored, 1: no guidance
+GUIDANCE_SCALE = 2.0  # NEW in 03: how strongly labels act; 0: not, 1: no guidance
 GUIDE_ABOVE = 0.3  # NEW in 03: guidance acts where t / T is at least this (cosine schedule) ...
 GUIDE_BELOW = 0.7  # NEW in 03: ... and less than this; with 0 and 1, at every t
 SAMPLE_STEPS = 50  # NEW in 03: steps of sampling in the figures, 1 ... T; few are enough: see 04
@@ -267,7 +267,7 @@ SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
 def q_sample(x_0, t, noise, alphas_cumprod):
     """Add the noise of all steps up to t (B,) to images x_0 (B, C, H, W), in one go."""
     alpha_bar_t = alphas_cumprod[t].view(-1, 1, 1, 1)
-    # DDPM Eq. 2, one step:  x_t = √α_t · x_{t−1} + √β_t · ε_t.  Two steps from x_0 lead to
+    # DDPM Eq. 2, one step (t from 1):  x_t = √α_t · x_{t−1} + √β_t · ε_t.  Two steps lead to
     #   x_2 = √α_2 · (√α_1 · x_0 + √β_1 · ε_1) + √β_2 · ε_2.  Sums of independent Gaussians
     #   are Gaussian; variances add up: α_2 · (1 − α_1) + (1 − α_2) = 1 − α_1·α_2 = 1 − ᾱ_2,
     # and so on, step by step, up to DDPM Eq. 4:  x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε
@@ -357,7 +357,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict the noise in x_t (B, C, side, side) at step t (B,): 01's U-Net with more blocks.
+    """Predict the noise (05: v) in x_t (B, C, side, side) at t (B,): 01's U-Net with more blocks.
 
     This is the network for MNIST with BASE_CH = 32, CHANNEL_MULT = (1/4, 1, 2), NUM_BLOCKS = 1:
 
@@ -462,7 +462,7 @@ class DDPM:
     """A network that predicts noise, with its noise schedule, its loss and its sampler.
 
     model: called as model(x_t, t), returns (B, C, H, W). betas: float64 (T,), each in (0, 1).
-    image_shape: (C, H, W). condition: further arguments of the model; here, none.
+    image_shape: (C, H, W). condition: further arguments of predict_noise; here, none.
     """
 
     def __init__(self, model, betas, image_shape, device):
@@ -566,10 +566,10 @@ class GuidedDDPM(DDPM):
     that of p(x_t | c). By Bayes' rule,  ∇ log p(x_t | c) = ∇ log p(x_t) + ∇ log p(c | x_t).
     Guidance multiplies the last term, which points to where c is easier to recognise, by s. In the
     network's terms: −√(1−ᾱ_t) times it is noise_cond − noise_uncond (see `predict_noise`).
-    (This explains the direction, not which images result: for s other than 0 and 1, guided scores
-    do not belong to one distribution at increasing noise levels (arXiv:2408.09000), and a network's
-    prediction need not be the gradient of anything (CFG section 3.2). That guidance works is an
-    observation.)
+    (This explains the direction, not which images result: for s other than 0 and 1, the guided
+    scores at different t are not those of one set of images with more and more noise
+    (arXiv:2408.09000), and a network's prediction need not be the gradient of anything (CFG section
+    3.2). That guidance works is an observation.)
 
     model: called as model(x_t, t, class_label). p_uncond: share of labels withheld in training.
     class_names: the names of the classes. The rest is as in DDPM.
@@ -600,7 +600,7 @@ class GuidedDDPM(DDPM):
         t = random_timesteps(len(x_0), self.T, self.device)
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t, labels)
-        return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t, c)‖²
+        return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t, c or ∅)‖²
 
     def predict_noise(self, x_t, t, labels, guidance_scale, interval=(0, 1)):
         """Return noise_pred (B, C, H, W), the noise in x_t at step t, an int, with guidance.
@@ -858,7 +858,7 @@ def sample_in_parts(sample, n, size, frames=None):
 def sample_classes(ddpm, labels, settings, guidance_scale=None, frames=None, interval=None):
     """NEW in 03. Return an image for each label; frames: of the first BATCH_SIZE images.
 
-    Every call starts from the same noise (SEED), so images differ only through label and guidance.
+    All noise depends on SEED alone: images of two calls differ only through label and guidance.
     """
     scale = settings["GUIDANCE_SCALE"] if guidance_scale is None else guidance_scale
     interval = interval or (settings["GUIDE_ABOVE"], settings["GUIDE_BELOW"])
@@ -916,7 +916,8 @@ def save_class_figures(ddpm, losses, settings, folder, note):
     rows = {name: samples[i :: len(names)] for i, name in enumerate(names)}
     title = f"What was asked for, guidance scale {settings['GUIDANCE_SCALE']}"
     image_table(rows, folder / "samples.png", (), title, note)  # with names, unlike save_results
-    save_guidance(ddpm, settings, frames[len(frames) * 3 // 10], folder, note)
+    first_guided = frames[len(frames) * 3 // 10]  # with the default settings: t = 699
+    save_guidance(ddpm, settings, first_guided, folder, note)
     save_interpolation(ddpm, settings, folder, note)
 
 

@@ -279,7 +279,7 @@ SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
 def q_sample(x_0, t, noise, alphas_cumprod):
     """Add the noise of all steps up to t (B,) to images x_0 (B, C, H, W), in one go."""
     alpha_bar_t = alphas_cumprod[t].view(-1, 1, 1, 1)
-    # DDPM Eq. 2, one step:  x_t = √α_t · x_{t−1} + √β_t · ε_t.  Two steps from x_0 lead to
+    # DDPM Eq. 2, one step (t from 1):  x_t = √α_t · x_{t−1} + √β_t · ε_t.  Two steps lead to
     #   x_2 = √α_2 · (√α_1 · x_0 + √β_1 · ε_1) + √β_2 · ε_2.  Sums of independent Gaussians
     #   are Gaussian; variances add up: α_2 · (1 − α_1) + (1 − α_2) = 1 − α_1·α_2 = 1 − ᾱ_2,
     # and so on, step by step, up to DDPM Eq. 4:  x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε
@@ -369,7 +369,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict the noise in x_t (B, C, side, side) at step t (B,): 01's U-Net with more blocks.
+    """Predict the noise (05: v) in x_t (B, C, side, side) at t (B,): 01's U-Net with more blocks.
 
     This is the network for MNIST with BASE_CH = 32, CHANNEL_MULT = (1/4, 1, 2), NUM_BLOCKS = 1:
 
@@ -456,7 +456,7 @@ class DDPM:
     """A network that predicts noise, with its noise schedule, its loss and its sampler.
 
     model: called as model(x_t, t), returns (B, C, H, W). betas: float64 (T,), each in (0, 1).
-    image_shape: (C, H, W). condition: further arguments of the model; here, none.
+    image_shape: (C, H, W). condition: further arguments of predict_noise; here, none.
     """
 
     def __init__(self, model, betas, image_shape, device):
@@ -490,7 +490,7 @@ class DDPM:
         t = random_timesteps(len(x_0), self.T, self.device)
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
-        return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖²
+        return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14, per pixel:  mean of ‖ε − ε_θ(x_t, t)‖²
 
     def predict_noise(self, x_t, t, *condition):
         """Return noise_pred (B, C, H, W), the noise in x_t at step t, an int."""

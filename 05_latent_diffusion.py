@@ -293,7 +293,7 @@ SCHEDULES = {"linear": linear_beta_schedule, "cosine": cosine_beta_schedule}
 def q_sample(x_0, t, noise, alphas_cumprod):
     """Add the noise of all steps up to t (B,) to images x_0 (B, C, H, W), in one go."""
     alpha_bar_t = alphas_cumprod[t].view(-1, 1, 1, 1)
-    # DDPM Eq. 2, one step:  x_t = √α_t · x_{t−1} + √β_t · ε_t.  Two steps from x_0 lead to
+    # DDPM Eq. 2, one step (t from 1):  x_t = √α_t · x_{t−1} + √β_t · ε_t.  Two steps lead to
     #   x_2 = √α_2 · (√α_1 · x_0 + √β_1 · ε_1) + √β_2 · ε_2.  Sums of independent Gaussians
     #   are Gaussian; variances add up: α_2 · (1 − α_1) + (1 − α_2) = 1 − α_1·α_2 = 1 − ᾱ_2,
     # and so on, step by step, up to DDPM Eq. 4:  x_t = √ᾱ_t · x_0 + √(1−ᾱ_t) · ε
@@ -383,7 +383,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predict the noise in x_t (B, C, side, side) at step t (B,): 01's U-Net with more blocks.
+    """Predict the noise (05: v) in x_t (B, C, side, side) at t (B,): 01's U-Net with more blocks.
 
     This is the network for MNIST with BASE_CH = 32, CHANNEL_MULT = (1/4, 1, 2), NUM_BLOCKS = 1:
 
@@ -575,8 +575,8 @@ def encode_all(vae, images, batch_size):
     # batch). Centres and clouds both count:  σ̂² = Var[μ] + E[σ²].
     # Why? If latents have variance 1, so does z_t at every t, and signal and noise are equally
     # strong at t = 495 of 1000 (cosine). If latents were ten times as large, that point would be at
-    # t = 935: training would mostly see nearly clean latents, and the first few steps of sampling
-    # would decide everything.
+    # t = 935: training would mostly see nearly clean latents, and few steps of sampling would be
+    # left for the noisy ones.
     # Does the KL term not lead to variance 1 by itself? A decoder could undo any scaling of all
     # latents, and of all scalings, the term prefers that with variance 1. But how close training
     # gets depends on its length and on KL_WEIGHT. With LDM's tiny weight, it does not get close:
@@ -654,7 +654,7 @@ class LatentDiffusion:
         # 1/√ᾱ_t = 20,000. For pixels, clamping x̂_0 limits these errors; latents have no bounds to
         # clamp to. (In Stable Diffusion 1, 1/√ᾱ_t ends at 15, and the network predicts ε.)
         # ‖v − v̂‖² = ‖ε − ε̂‖² / ᾱ_t, so this loss cannot be compared with that of 02, and gives
-        # large t more weight. To draw them more often, too, changed little (tests/README.md).
+        # large t more weight. That random_timesteps draws them more often changes little here.
         return F.mse_loss(v_pred, v)
 
     def predict(self, z_t, t):
@@ -933,9 +933,9 @@ def sample_in_parts(sample, n, size, frames=None):
 
 @torch.no_grad()
 def save_autoencoder_figures(ldm, latents, x, settings, folder, note):
-    """NEW in 05. Save reconstructions of test images x, and the distribution of their latents.
+    """NEW in 05. Save reconstructions of test images x, their latents, and the scale of many.
 
-    latents: many scaled ones, drawn, (N, latent_ch, h, h).
+    latents: scaled ones of training images, drawn, (N, latent_ch, h, h).
     """
     z = torch.cat([ldm.encode(part) for part in x.split(settings["BATCH_SIZE"])])
     again = torch.cat([ldm.decode(part) for part in z.split(settings["BATCH_SIZE"])])
@@ -955,11 +955,11 @@ def save_autoencoder_figures(ldm, latents, x, settings, folder, note):
 
 
 def save_latent_interpolation(ldm, x, seed, folder, note, points=9):
-    """NEW in 05. Save interpolations between pairs of test images x, made on noisy latents."""
+    """NEW in 05. Blend the latents of pairs of test images x, add noise to them, and remove it."""
     x = x[: len(x[:6]) // 2 * 2]  # up to three pairs
     if len(x) == 0:
         return
-    start = ldm.T * 6 // 10  # so much noise that the digit may change, not enough to forget it
+    start = ldm.T * 6 // 10  # noise is 1.4 times the signal (cosine): the digit may change
     torch.manual_seed(seed)
     draw, noise = torch.randn(2, 1, *ldm.latent_shape, device=ldm.device)
     z_0 = ldm.encode(x, draw)
