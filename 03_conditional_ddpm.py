@@ -48,7 +48,6 @@ import socket
 import sys
 import tempfile
 import unicodedata
-from collections import Counter
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -85,9 +84,8 @@ GUIDANCE_SCALE = 2.0  # NEW in 03: how strongly labels act; 0: not, 1: no guidan
 GUIDE_ABOVE = 0.3  # NEW in 03: guidance acts where t / T is at least this (cosine schedule) ...
 GUIDE_BELOW = 0.7  # NEW in 03: ... and less than this; with 0 and 1, at every t
 SAMPLE_STEPS = 50  # NEW in 03: steps of sampling in the figures, 1 ... T; few are enough: see 04
-SAVE_EVERY = 2  # minutes between checkpoints: the most that an interruption can cost
-PREVIEW_EVERY = 5  # minutes between grids of samples
-COMPILE = False  # True: use torch.compile; slow to start, perhaps faster then
+SAVE_EVERY = 3  # minutes between checkpoints, each with a grid of samples; the most you can lose
+COMPILE = False  # True: use torch.compile; slow to start, then perhaps faster on a GPU, not on CPUs
 SEED = 0  # the same seed on the same CPU gives the same digits
 DATA_DIR = "data"  # datasets are looked for and downloaded here
 OUT_DIR = "outputs/03_conditional_ddpm"  # results are saved here
@@ -123,13 +121,12 @@ def load_folder(folder, size):
     C is 1 if all images are grey, otherwise 3. Links are followed. What cannot be read is left out,
     and so are results of these scripts, as a line says; hidden files and clutter are ignored.
     """
-    files, read, left_out = [], [], {}
-    walk = os.walk(folder, onerror=lambda e: left_out.update({e.filename: e}), followlinks=True)
+    files, read, left_out = [], [], []
+    walk = os.walk(folder, onerror=left_out.append, followlinks=True)
     for root, folders, names in walk if folder.is_dir() else ():
         here = Path(root)
-        if RESULTS & {*names}:
-            print(f"Left out {here}: it holds results of these scripts.")
-        if RESULTS & {*names} or here.resolve() in map(Path.resolve, here.parents):  # or a circle
+        if RESULTS & {*names} or here.resolve() in map(Path.resolve, here.parents):
+            print(f"Left out {here}: it holds results of these scripts, or leads in a circle.")
             names, folders[:] = [], []
         folders[:] = [n for n in folders if not n.startswith(".") and n not in CLUTTER]
         files += [here / n for n in names if not n.startswith(".") and n not in CLUTTER]
@@ -139,16 +136,14 @@ def load_folder(folder, size):
         gigabytes = 3 * len(files) * size**2 / 1e9
         sys.exit(f"{len(files):,} images need {gigabytes:,.0f} GB of memory: lower IMAGE_SIZE.")
     PngImagePlugin.MAX_TEXT_CHUNK, Image.MAX_IMAGE_PIXELS = 2**30, None  # large is not damaged
-    for file in tqdm(sorted(files), "Reading images", unit=" files"):
+    for file in tqdm(sorted(files), "Reading images", unit=" files", disable=not sys.stdout):
         try:
             images[len(read)] = read_image(file, size)
             read.append(file)
         except Exception as error:
-            left_out[file] = str(error)  # not the error, which would keep the file open
+            left_out.append(f"{file.name} ({error})")  # not the error: it keeps the file open
     if left_out:
-        kinds = dict(Counter(Path(file).suffix.lower() for file in left_out))
-        some = [f"{Path(file).name} ({error})" for file, error in left_out.items()][:10]
-        print(f"Left out {kinds}, not readable: {'; '.join(some)}{' ...' * (len(left_out) > 10)}")
+        print(f"Left out {len(left_out)}, not readable: {'; '.join(map(str, left_out[:10]))}")
     if len(read) < 2:
         sys.exit(f"DATASET: {folder} is neither a dataset known here nor a folder with 2 images.")
     images = images[: len(read)]
@@ -160,19 +155,16 @@ def load_folder(folder, size):
 def find_classes(paths):
     """Return the labels, int64 (N,), and names of the classes, given the folders of each image.
 
-    The classes are the subfolders, or those of the only one, with everything below: `cat` and `dog`
-    of pets/cat/1.png and pets/dog/indoors/2.png. Subfolders called `train`, `test` and the like
-    are no classes, but contain them. Images in no subfolder have the class `images`. Numbers sort
-    as numbers.
+    The classes are the subfolders, with everything below them: `cat` and `dog` of pets/cat/1.png
+    and pets/dog/indoors/2.png. But a single subfolder is no class, nor are several called `train`,
+    `test` and the like: the classes are inside. Images in no subfolder have the class `images`.
+    Numbers sort as numbers.
     """
-    default = "images"
-    while heads := {path[0] for path in paths if path}:
-        splits = {head for head in heads if head.lower() in SPLITS}
-        if len(splits) < 2 and splits != heads and (len(heads) > 1 or not all(paths)):
-            break
-        default = default if splits else heads.copy().pop()
-        paths = [path[1:] if {*path[:1]} & (splits or heads) else path for path in paths]
-    labels = [unicodedata.normalize("NFC", path[0] if path else default) for path in paths]
+    heads = {path[0] for path in paths if path}
+    while len(heads) == 1 or sum(head.lower() in SPLITS for head in heads) > 1:
+        paths = [path[1:] for path in paths]
+        heads = {path[0] for path in paths if path}
+    labels = [unicodedata.normalize("NFC", path[0] if path else "images") for path in paths]
     names = sorted({*labels}, key=lambda n: (re.sub("[0-9]+", lambda d: d[0].zfill(20), n), n))
     return torch.tensor([names.index(label) for label in labels]), names
 
@@ -367,20 +359,17 @@ class UNet(nn.Module):
                            ↓ shrink                       ↑ grow
      7 × 7                 └ (64) → block (64) → middle_1* (64) → middle_2 (64)    * with attention
 
-    Each level after the first halves the resolution, which must be even. attention_at: resolutions
+    Each level after the first halves the resolution, rounded up. attention_at: resolutions
     at which the blocks have attention. precision: the dtype of convolutions and matrix products.
     """
 
     def __init__(self, shape, base_ch, ch_mult, num_blocks, attention_at, dropout, precision):
         super().__init__()
         (channels, side, _), dim = shape, 4 * base_ch
-        if side % 2 ** (len(ch_mult) - 1):
-            hint = "shorten it, or change the IMAGE_SIZE of a folder."
-            sys.exit(f"CHANNEL_MULT = {ch_mult} halves {side} pixels too often: {hint}")
 
         def blocks(level, in_ch):
             sizes = [in_ch] + num_blocks * [ch[level]]
-            options = dim, dropout, side // 2**level in attention_at
+            options = dim, dropout, math.ceil(side / 2**level) in attention_at
             return nn.ModuleList(ResBlock(i, out, *options) for i, out in pairwise(sizes))
 
         self.precision = precision
@@ -413,9 +402,9 @@ class UNet(nn.Module):
                     h = block(h, time)
             h = self.middle_2(self.middle_1(h, time), time)  #           (B, 64, 7, 7)
             for grow, blocks in zip(self.grow, self.up):
-                h = grow(h)  # `to`, below: in CUDA's autocast, `interpolate` returns float32
-                h = F.interpolate(h, scale_factor=2).to(h.dtype)  #      (B, 32, 14, 14), ...
-                h = torch.cat([h, skips.pop()], dim=1)
+                h, skip = grow(h), skips.pop()  # `to`: CUDA's autocast interpolates in float32
+                h = F.interpolate(h, skip.shape[2:]).to(h.dtype)  #      (B, 32, 14, 14), ...
+                h = torch.cat([h, skip], dim=1)
                 for block in blocks:
                     h = block(h, time)
             return self.conv_out(F.silu(self.norm_out(h))).float()  #    (B, C, 28, 28)
@@ -496,7 +485,7 @@ class DDPM:
         t = random_timesteps(len(x_0), self.T, self.device)
         noise = torch.randn_like(x_0)
         noise_pred = self.model(q_sample(x_0, t, noise, self.alphas_cumprod), t)
-        return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14:  mean of ‖ε − ε_θ(x_t, t)‖²
+        return F.mse_loss(noise_pred, noise)  # DDPM Eq. 14, per pixel:  mean of ‖ε − ε_θ(x_t, t)‖²
 
     def predict_noise(self, x_t, t, *condition):
         """Return noise_pred (B, C, H, W), the noise in x_t at step t, an int."""
@@ -783,9 +772,8 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
 
     loss: a function from the indices of a batch (B,) to its loss. count: how many images there are.
     settings: the constants by name. fixed: the names of those that must be as in the checkpoint.
-    preview: called every PREVIEW_EVERY minutes with the number of steps so far, right after a
-    checkpoint, by one process; it has no influence on the training. extras: other modules for the
-    checkpoint.
+    preview: called after each checkpoint but the last with the number of steps so far, by one
+    process; it has no influence on the training. extras: other modules for the checkpoint.
     """
     rank, world = join_processes()
     device, size = next(model.parameters()).device, settings["BATCH_SIZE"]
@@ -800,7 +788,7 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
     if path.exists():
         seen, losses = resume(parts, settings, fixed, path)
         print(f"Resuming from {path}, after {seen:,} of {total:,} images.")
-    step, saved, shown = len(losses), now(), now()
+    step, saved = len(losses), now()
     with tqdm(None, "Training", total, initial=seen, unit=" images", disable=rank > 0) as bar:
         while seen < total:
             # This number seeds everything random in a step: images, t, noise, dropout, mirroring.
@@ -829,8 +817,7 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
             bar.update(seen - bar.n)
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{torch.stack(recent[-50:]).mean():.4f}")
-            show = preview and seen < total and now() - shown > 60 * settings["PREVIEW_EVERY"]
-            if show or seen >= total or now() - saved > 60 * settings["SAVE_EVERY"]:
+            if seen >= total or now() - saved > 60 * settings["SAVE_EVERY"]:
                 losses, recent = losses + torch.stack(recent).tolist(), []
                 if not math.isfinite(sum(losses) + nn.utils.get_total_norm(model.parameters())):
                     hint = "Halve LEARNING_RATE and start again: the last checkpoint is intact."
@@ -838,11 +825,9 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
                 if rank == 0:
                     state = {name: part.state_dict() for name, part in parts.items()}
                     save({"settings": settings, "seen": seen, "losses": losses, **state}, path)
+                    if preview and seen < total:
+                        preview(step)
                 saved = now()
-            if show:
-                if rank == 0:
-                    preview(step)
-                shown = now()
     return averaged, losses
 
 
@@ -930,7 +915,7 @@ LIMITS = (  # constants, what each must be, the lowest and the highest value
     ("CHANNEL_MULT", "numbers", 1e-9, 1000),
     ("T", "a whole number", 2, 100_000),
     ("SEED", "a whole number", 0, 2**63 - 1),
-    ("EPOCHS SAVE_EVERY PREVIEW_EVERY", "a number", 1e-9, 1e9),
+    ("EPOCHS SAVE_EVERY", "a number", 1e-9, 1e9),
     ("LEARNING_RATE", "a number", 1e-9, 1),
     ("DROPOUT EMA_DECAY", "a number", 0, 0.999999),
     ("FLIP COMPILE", "a choice", False, True),

@@ -54,7 +54,7 @@ SMALL = {
     "VAE_CH": 2,
     "VAE_EPOCHS": 1,
 }
-EACH_STEP = 1e-9  # minutes, for SAVE_EVERY and PREVIEW_EVERY
+EACH_STEP = 1e-9  # minutes, for SAVE_EVERY
 PICTURES = ["denoising.gif", "denoising.png", "loss.png", "samples.png"]  # of every script
 
 

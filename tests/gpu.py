@@ -427,7 +427,7 @@ def cifar10(add_row, options):
     constants |= {"EPOCHS": steps * module.BATCH_SIZE / len(data[0])}
     with add_row(what=f"{constants['EPOCHS']:.2f} epochs") as row:
         forget_memory()
-        path = prepare(options, "03", SAVE_EVERY=1, PREVIEW_EVERY=1, **constants)
+        path = prepare(options, "03", SAVE_EVERY=1, **constants)
         row["seconds"], outputs = run_script(path, options)
         losses = torch.load(outputs / "checkpoint.pt", weights_only=True)["losses"]
         row |= {"steps": len(losses), "last losses": mean(losses[-100:])} | peak_memory()

@@ -12,7 +12,7 @@ FILES = sorted([*PICTURES, "checkpoint.pt", "loss_per_timestep.png", "nearest.pn
 
 
 def test_from_start_to_pictures_and_again(project, trained, real_figures):
-    project.prepare(SCRIPT, PREVIEW_EVERY=EACH_STEP)
+    project.prepare(SCRIPT, SAVE_EVERY=EACH_STEP)
     done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
     assert "43 images of MNIST; 10 classes: 0, 1, 2, 3" in done.stdout

@@ -25,7 +25,7 @@ def pixels_of(figure):
 
 
 def test_from_start_to_pictures(project, trained, real_figures):
-    project.prepare(SCRIPT, PREVIEW_EVERY=EACH_STEP)
+    project.prepare(SCRIPT, SAVE_EVERY=EACH_STEP)
     done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
     assert "43 images of MNIST" in done.stdout and "43/43" in done.stderr

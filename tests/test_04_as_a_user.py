@@ -28,7 +28,7 @@ def table(done):
 
 
 def test_from_start_to_pictures(project, trained, real_figures):
-    project.prepare(SCRIPT, PREVIEW_EVERY=EACH_STEP, OUT_DIR_02=None)
+    project.prepare(SCRIPT, SAVE_EVERY=EACH_STEP, OUT_DIR_02=None)
     done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
     previews = ["samples_step_000001.png", "samples_step_000002.png"]

@@ -20,7 +20,7 @@ def paths_of(project):
 
 
 def test_from_start_to_pictures_and_again(project, trained, real_figures):
-    project.prepare(SCRIPT, PREVIEW_EVERY=EACH_STEP)
+    project.prepare(SCRIPT, SAVE_EVERY=EACH_STEP)
     done = project.run_here(SCRIPT)
     assert done.returncode == 0, done.stderr
     previews = ["samples_step_000001.png", "samples_step_000002.png"]

@@ -195,7 +195,7 @@ def test_a_training_step_on_a_gpu_launches_few_operations(tmp_path):
     script, counts = load("02_ddpm.py"), []
     network = (1, 28, 28), 64, (1 / 4, 1, 2), 2, (14,), 0.0, torch.bfloat16  # as on a GPU
     settings = {"LEARNING_RATE": 0.02, "BATCH_SIZE": 2, "SEED": 0, "EMA_DECAY": 0.9999}
-    settings |= {"SAVE_EVERY": 1000, "PREVIEW_EVERY": 1000}
+    settings |= {"SAVE_EVERY": 1000}
     for steps in 2, 4:
         model, x_0 = script.UNet(*network), torch.zeros(2, 1, 28, 28)
         ddpm = script.DDPM(model, script.cosine_beta_schedule(1000), IMAGE, CPU)

@@ -101,7 +101,7 @@ def test_latents_are_drawn_with_their_deviation_and_let_gradients_through():
 def test_the_autoencoder_learns(tmp_path):
     x = script.to_batch(draw_digits(192)[0][:, None])
     settings = {"BATCH_SIZE": 16, "EPOCHS": 3, "LEARNING_RATE": 0.02, "EMA_DECAY": 0.999}
-    settings |= {"SEED": 0, "SAVE_EVERY": 99, "PREVIEW_EVERY": 99}
+    settings |= {"SEED": 0, "SAVE_EVERY": 99}
     vae = script.VAE((1, 28, 28), 4, 4)
     trained, _ = script.train(
         vae,

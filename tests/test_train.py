@@ -17,7 +17,7 @@ from utils import visualize
 script = load("02_ddpm.py")
 COUNT = 40  # images; an epoch has 5 steps
 SETTINGS = {"T": 50, "EPOCHS": 4, "BATCH_SIZE": 8, "LEARNING_RATE": 0.02, "EMA_DECAY": 0.9999}
-SETTINGS |= {"SEED": 0, "SAVE_EVERY": 1, "PREVIEW_EVERY": 1000}  # minutes; a step takes 25 seconds
+SETTINGS |= {"SEED": 0, "SAVE_EVERY": 1}  # minute; a step takes 25 seconds
 
 
 def simple_network():
@@ -147,7 +147,7 @@ def test_a_step_is_random_by_its_number_the_seed_and_the_process_only(run, monke
     def batches(rank=0, world=1, waste=0, **settings):
         monkeypatch.setattr(script, "join_processes", lambda: (rank, world))
         run.path.unlink(missing_ok=True)
-        settings, shown = {"EPOCHS": 1, "PREVIEW_EVERY": EACH_STEP, **settings}, []
+        settings, shown = {"EPOCHS": 1, "SAVE_EVERY": EACH_STEP, **settings}, []
         done = run(lambda *_: torch.manual_seed(waste) and None, preview=shown.append, **settings)
         assert run.path.exists() == bool(shown) == (rank == 0)
         return done.batches
@@ -164,23 +164,20 @@ def test_a_step_is_random_by_its_number_the_seed_and_the_process_only(run, monke
 
 
 def test_saves_and_previews_come_by_the_clock(run, monkeypatch):
-    """SAVE_EVERY and PREVIEW_EVERY are minutes; the end is saved always, and has no preview."""
+    """SAVE_EVERY is in minutes; the end is saved always, and has no preview."""
     saves, previews, save = [], [], script.save
 
     def preview(step):
         assert run.state()["seen"] == 8 * step, "the preview shows the weights of its step"
         previews.append(step)
-        run.clock += 90  # a preview takes its time: the next one comes 2.5 minutes later
+        run.clock += 90  # a preview takes its time: the next one comes 2.5 minutes after it
 
     monkeypatch.setattr(script, "save", lambda s, p: saves.append(s["seen"] // 8) or save(s, p))
-    run(preview=preview, PREVIEW_EVERY=2.5)
-    assert previews == [7, 14]  # 7 · 25 s > 150 s
-    assert saves == [3, 6, 7, 8, 11, 14, 15, 18, 20]
-    for every, expected in (EACH_STEP, [*range(1, 20)]), (1000, []):
+    for every, expected in (2.5, [7, 14]), (EACH_STEP, [*range(1, 20)]), (1000, []):
+        run(preview=preview, SAVE_EVERY=every)  # 7 · 25 s > 150 s
+        assert previews == expected and saves == [*expected, 20]
         run.path.unlink()
         previews.clear(), saves.clear()
-        run(preview=preview, SAVE_EVERY=1000, PREVIEW_EVERY=every)
-        assert previews == expected and saves == [*expected, 20]
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
@@ -191,7 +188,7 @@ def test_it_learns_in_every_precision_and_resumes_exactly(run, capsys, precision
     whole = run.state()
     run.path.unlink()
     with pytest.raises(KeyboardInterrupt):
-        run(None, diffusion(precision), 17, preview=torch.randn, EPOCHS=6, PREVIEW_EVERY=6)
+        run(None, diffusion(precision), 17, preview=torch.randn, EPOCHS=6)
     state = run.state()
     assert state["seen"] == 15 * 8 and state["losses"] == one.losses[:15]
     assert capsys.readouterr().out == ""
