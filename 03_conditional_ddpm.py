@@ -834,26 +834,16 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
 # %% 7. Figures
 
 
-def sample_in_parts(sample, n, size, frames=None):
-    """Return n images of sample(m, frames=...), at most `size` at once; frames: of the first m."""
-    parts = [min(size, n - first) for first in range(0, n, size)]
-    return torch.cat([sample(m, frames=None if i else frames) for i, m in enumerate(parts)])
-
-
 def sample_classes(ddpm, labels, settings, guidance_scale=None, frames=None, interval=None):
-    """NEW in 03. Return an image for each label; frames: of the first BATCH_SIZE images.
+    """NEW in 03. Return an image for each label, a number or an embedding.
 
     All noise depends on SEED alone: images of two calls differ only through label and guidance.
     """
     scale = settings["GUIDANCE_SCALE"] if guidance_scale is None else guidance_scale
     interval = interval or (settings["GUIDE_ABOVE"], settings["GUIDE_BELOW"])
+    labels, steps = torch.as_tensor(labels), settings["SAMPLE_STEPS"]
     torch.manual_seed(settings["SEED"])
-    parts = iter(torch.as_tensor(labels).split(settings["BATCH_SIZE"]))
-
-    def sample(n, frames):
-        return ddpm.sample(n, next(parts), scale, settings["SAMPLE_STEPS"], frames, interval)
-
-    return sample_in_parts(sample, len(labels), settings["BATCH_SIZE"], frames)
+    return ddpm.sample(len(labels), labels, scale, steps, frames, interval)
 
 
 def save_interpolation(ddpm, settings, folder, note, columns=9):

@@ -864,19 +864,12 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
 # %% 7. Figures
 
 
-def sample_in_parts(sample, n, size, frames=None):
-    """Return n images of sample(m, frames=...), at most `size` at once; frames: of the first m."""
-    parts = [min(size, n - first) for first in range(0, n, size)]
-    return torch.cat([sample(m, frames=None if i else frames) for i, m in enumerate(parts)])
-
-
-def generate(ddim, x_T, ddim_steps, size):
+def generate(ddim, x_T, ddim_steps):
     """NEW in 04. Return images of noise x_T (B, C, H, W), η = 0, with the steps of ddim_invert."""
-    sample = partial(ddim.ddim_sample, ddim_steps=ddim_steps, eta=0, spacing="even")
-    return torch.cat([sample(x_T=part) for part in x_T.split(size)])
+    return ddim.ddim_sample(x_T=x_T, ddim_steps=ddim_steps, eta=0, spacing="even")
 
 
-def compare_samplers(ddim, seed, size, count):
+def compare_samplers(ddim, seed, count):
     """NEW in 04. Return {(sampler, network evaluations): (seconds, count images)}, DDPM first."""
     samplers = {("DDPM", ddim.T): ddim.sample}
     for name, sampler, all_steps in (
@@ -885,20 +878,20 @@ def compare_samplers(ddim, seed, size, count):
         ("DPM-Solver++(2M)", ddim.dpm_solver_sample, (10, 20)),
     ):
         for steps in [n for n in all_steps if n <= ddim.T] or [1]:
-            samplers[name, steps] = lambda n, f=sampler, steps=steps, frames=None: f(n, steps)
-    ddim.ddim_sample(min(size, count), 1).cpu()  # the first call is slow and does not count
+            samplers[name, steps] = lambda n, f=sampler, steps=steps: f(n, steps)
+    ddim.ddim_sample(count, 1).cpu()  # the first call is slow and does not count
     results = {}
     for key, sampler in samplers.items():
-        torch.manual_seed(seed)  # the same starting noise for all, in the first part of images
+        torch.manual_seed(seed)  # the same starting noise for all
         start = now()
-        images = sample_in_parts(sampler, count, size).cpu()  # .cpu() waits until a GPU is done
+        images = sampler(count).cpu()  # .cpu() waits until a GPU is done
         results[key] = now() - start, images
     return results
 
 
-def save_comparison(ddim, seed, size, folder, note, count=64):
+def save_comparison(ddim, seed, folder, note, count=64):
     """NEW in 04. Print and save what each sampler costs, and its samples from the same noise."""
-    results = compare_samplers(ddim, seed, size, count)
+    results = compare_samplers(ddim, seed, count)
     ddpm_seconds, _ = results["DDPM", ddim.T]
     header = ["sampler", "network evaluations", f"seconds for {count} images", "speed-up"]
     lines = [
@@ -918,7 +911,7 @@ def save_comparison(ddim, seed, size, folder, note, count=64):
     image_table(rows, folder / "samplers.png", [f"{n} steps" for n in columns], title, note)
 
 
-def save_inversion(ddim, x_0, size, folder, note):
+def save_inversion(ddim, x_0, folder, note):
     """NEW in 04. Save images x_0 next to their reconstructions from inverted noise.
 
     Where all training images are black, as at MNIST's border, sampling turns any noise black, and
@@ -926,8 +919,8 @@ def save_inversion(ddim, x_0, size, folder, note):
     """
     errors, images = {}, {"image": x_0[:5]}
     for steps in [n for n in (10, 20, 50, 100, 250) if n < ddim.T] or [ddim.T]:
-        x_T = torch.cat([ddim.ddim_invert(part, steps) for part in x_0.split(size)])
-        back = generate(ddim, x_T, steps, size)
+        x_T = ddim.ddim_invert(x_0, steps)
+        back = generate(ddim, x_T, steps)
         errors[steps] = (back - x_0).abs().mean().item()
         images[f"{steps} steps"] = back[:5]
     images["its noise"] = x_T[:5]
@@ -935,7 +928,7 @@ def save_inversion(ddim, x_0, size, folder, note):
     reconstruction_errors(errors, images, folder / "inversion.png", title, note)
 
 
-def save_transitions(ddim, x_0, seed, size, folder, note, points=11):
+def save_transitions(ddim, x_0, seed, folder, note, points=11):
     """NEW in 04. Save interpolations between noise samples, and a looping animation.
 
     One row interpolates between two images x_0, although the noise that inversion finds for them
@@ -950,8 +943,8 @@ def save_transitions(ddim, x_0, seed, size, folder, note, points=11):
     def blend(a, b, method="slerp"):
         return interpolate(a[None], b[None], points, method)[:, 0]
 
-    rows = {name: generate(ddim, blend(*pair), steps, size) for name, pair in pairs.items()}
-    rows["A, straight (lerp)"] = generate(ddim, blend(*pairs["A"], "lerp"), steps, size)
+    rows = {name: generate(ddim, blend(*pair), steps) for name, pair in pairs.items()}
+    rows["A, straight (lerp)"] = generate(ddim, blend(*pairs["A"], "lerp"), steps)
     rows["A, pixels"] = blend(rows["A"][0], rows["A"][-1], "lerp")  # without any model
     shares = [f"{100 * i / (points - 1):.0f} %" for i in range(points)]
     title = "Between two noise samples along the arc (slerp), and otherwise"
@@ -961,22 +954,20 @@ def save_transitions(ddim, x_0, seed, size, folder, note, points=11):
     def show(x_T):
         return ddim.ddim_sample(x_T=x_T, ddim_steps=min(50, ddim.T), eta=0)
 
-    transition_gif(show, noise, folder / "transitions.gif", note.split(",")[0], size)
+    transition_gif(show, noise, folder / "transitions.gif", note.split(",")[0])
 
 
 def save_sampling_figures(ddim, losses, settings, x_0, folder, note):
     """NEW in 04. Sample 36 images and save the figures; x_0: training images (B, C, H, W)."""
-    seed, size, frames = settings["SEED"], settings["BATCH_SIZE"], []
-    steps, eta = settings["DDIM_STEPS"], settings["ETA"]
+    seed, steps, eta, frames = settings["SEED"], settings["DDIM_STEPS"], settings["ETA"], []
     torch.manual_seed(seed)
-    sampler = partial(ddim.ddim_sample, ddim_steps=steps, eta=eta)
-    samples = sample_in_parts(sampler, 36, size, frames)
+    samples = ddim.ddim_sample(36, steps, eta, frames=frames)
     title = f"DDIM, η = {eta:g}, {steps} steps"
     save_results(folder, samples, frames, losses, note, title)
     print("Next: all samplers side by side. On a CPU that takes some minutes.")
-    save_comparison(ddim, seed, size, folder, note)
-    save_inversion(ddim, x_0, size, folder, note)
-    save_transitions(ddim, x_0, seed, size, folder, note)
+    save_comparison(ddim, seed, folder, note)
+    save_inversion(ddim, x_0, folder, note)
+    save_transitions(ddim, x_0, seed, folder, note)
 
 
 # %% 8. Run
@@ -1079,7 +1070,7 @@ if __name__ == "__main__":
 
     def preview(step):
         torch.manual_seed(SEED)  # the same noise each time: watch it change
-        samples = DDIM.load(path).ddim_sample(min(16, BATCH_SIZE), DDIM_STEPS, ETA)
+        samples = DDIM.load(path).ddim_sample(16, DDIM_STEPS, ETA)
         sample_grid(samples, out_dir / f"samples_step_{step:06}.png", f"After {step:,} steps", note)
 
     try:

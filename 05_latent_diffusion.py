@@ -51,7 +51,6 @@ import tempfile
 import unicodedata
 from collections import OrderedDict
 from datetime import timedelta
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import monotonic as now
@@ -911,12 +910,6 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
 # %% 8. Figures
 
 
-def sample_in_parts(sample, n, size, frames=None):
-    """Return n images of sample(m, frames=...), at most `size` at once; frames: of the first m."""
-    parts = [min(size, n - first) for first in range(0, n, size)]
-    return torch.cat([sample(m, frames=None if i else frames) for i, m in enumerate(parts)])
-
-
 @torch.no_grad()
 def save_autoencoder_figures(ldm, latents, x, settings, folder, note):
     """NEW in 05. Save reconstructions of test images x, their latents, and the scale of many.
@@ -968,9 +961,8 @@ def save_latent_interpolation(ldm, x, seed, folder, note, points=9):
 def save_latent_figures(ldm, losses, x, settings, folder, note):
     """NEW in 05. Sample 36 images and save the figures; x: test images (B, C, H, W) in [-1, 1]."""
     frames, title = [], f"From latents, DDIM, {settings['DDIM_STEPS']} steps"
-    size, steps = settings["BATCH_SIZE"], settings["DDIM_STEPS"]
     torch.manual_seed(settings["SEED"])
-    samples = sample_in_parts(partial(ldm.sample, ddim_steps=steps), 36, size, frames)
+    samples = ldm.sample(36, settings["DDIM_STEPS"], frames=frames)
     save_results(folder, samples, frames, losses, note, title)
     save_latent_interpolation(ldm, x, settings["SEED"], folder, note)
 
@@ -1070,7 +1062,7 @@ if __name__ == "__main__":
 
     def preview(step):
         torch.manual_seed(SEED)  # the same noise each time: watch it change
-        samples = LatentDiffusion.load(path).sample(min(16, BATCH_SIZE), DDIM_STEPS)
+        samples = LatentDiffusion.load(path).sample(16, DDIM_STEPS)
         sample_grid(samples, out_dir / f"samples_step_{step:06}.png", f"After {step:,} steps", note)
 
     try:

@@ -372,18 +372,6 @@ def test_the_largest_random_number_leads_to_the_last_t(monkeypatch):
     assert script.random_timesteps(64, 50, "cpu").max() == 49
 
 
-def test_samples_in_parts_are_all_there():
-    calls, frames = [], []
-
-    def sample(n, frames):
-        calls.append((n, frames))
-        return torch.full((n, 1, 2, 2), float(len(calls)))
-
-    images = script.sample_in_parts(sample, 7, 3, frames)
-    assert images[:, 0, 0, 0].tolist() == [1, 1, 1, 2, 2, 2, 3]
-    assert calls == [(3, frames), (3, None), (1, None)]
-
-
 def test_muon_is_jordans_for_each_matrix_by_itself():
     """In float64, matrix by matrix, by the polynomial on singular values; equal shapes too."""
     torch.manual_seed(0)
