@@ -717,13 +717,13 @@ def train(model, loss, count, settings, fixed, path, preview=None, **extras):
 
 
 def save_figures(ddpm, losses, images, settings, folder, note):
-    """Sample 36 images and save the final figures; images: uint8 (N, C, H, W)."""
+    """Sample up to 36 images and save the final figures; images: uint8 (N, C, H, W)."""
     torch.manual_seed(settings["SEED"])
     frames = []
-    samples = ddpm.sample(36, frames=frames)
+    samples = ddpm.sample(min(36, settings["BATCH_SIZE"]), frames=frames)
     save_results(folder, samples, frames, losses, note)
     nearest_images(samples[:12], images, folder / "nearest.png", note=note)
-    some = to_batch(images[:64])
+    some = to_batch(images[: min(64, settings["BATCH_SIZE"])])
     visits = random_timesteps(10**6, ddpm.T, ddpm.device)
     timestep_losses(ddpm, some, visits, folder / "loss_per_timestep.png", note=note)
 
@@ -802,7 +802,7 @@ if __name__ == "__main__":
 
     def preview(step):
         torch.manual_seed(SEED)  # the same noise each time: watch it change
-        samples = DDPM.load(path).sample(16, steps=min(50, T))
+        samples = DDPM.load(path).sample(min(16, BATCH_SIZE), steps=min(50, T))
         sample_grid(samples, out_dir / f"samples_step_{step:06}.png", f"After {step:,} steps", note)
 
     try:

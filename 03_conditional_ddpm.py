@@ -884,9 +884,10 @@ def save_guidance(ddpm, settings, stage, folder, note):
 
 
 def save_class_figures(ddpm, losses, settings, folder, note):
-    """NEW in 03. Sample six images of each class and save the final figures."""
+    """NEW in 03. Sample up to six images of each class and save the final figures."""
     frames, names = [], ddpm.class_names[:10]
-    samples = sample_classes(ddpm, [*range(len(names))] * 6, settings, frames=frames)
+    of_each = min(6, max(1, settings["BATCH_SIZE"] // len(names)))
+    samples = sample_classes(ddpm, [*range(len(names))] * of_each, settings, frames=frames)
     save_results(folder, samples, frames, losses, note)
     rows = {name: samples[i :: len(names)] for i, name in enumerate(names)}
     title = f"What was asked for, guidance scale {settings['GUIDANCE_SCALE']}"

@@ -889,7 +889,7 @@ def compare_samplers(ddim, seed, count):
     return results
 
 
-def save_comparison(ddim, seed, folder, note, count=64):
+def save_comparison(ddim, seed, count, folder, note):
     """NEW in 04. Print and save what each sampler costs, and its samples from the same noise."""
     results = compare_samplers(ddim, seed, count)
     ddpm_seconds, _ = results["DDPM", ddim.T]
@@ -904,7 +904,7 @@ def save_comparison(ddim, seed, folder, note, count=64):
     columns, rows = sorted(set(all_steps)), {}
     nothing = 0, torch.ones(count, *ddim.image_shape)  # a white square where there is no sample
     for name in dict.fromkeys(names):
-        for i in range(3):
+        for i in range(min(3, count)):
             row = [results.get((name, steps), nothing)[1][i] for steps in columns]
             rows[f"{name.replace('(2M)', '')}, noise {i + 1}"] = torch.stack(row)
     title = "Three noise samples with each fast sampler"
@@ -928,7 +928,7 @@ def save_inversion(ddim, x_0, folder, note):
     reconstruction_errors(errors, images, folder / "inversion.png", title, note)
 
 
-def save_transitions(ddim, x_0, seed, folder, note, points=11):
+def save_transitions(ddim, x_0, seed, size, folder, note, points=11):
     """NEW in 04. Save interpolations between noise samples, and a looping animation.
 
     One row interpolates between two images x_0, although the noise that inversion finds for them
@@ -954,20 +954,21 @@ def save_transitions(ddim, x_0, seed, folder, note, points=11):
     def show(x_T):
         return ddim.ddim_sample(x_T=x_T, ddim_steps=min(50, ddim.T), eta=0)
 
-    transition_gif(show, noise, folder / "transitions.gif", note.split(",")[0])
+    transition_gif(show, noise, folder / "transitions.gif", note.split(",")[0], size)
 
 
 def save_sampling_figures(ddim, losses, settings, x_0, folder, note):
-    """NEW in 04. Sample 36 images and save the figures; x_0: training images (B, C, H, W)."""
-    seed, steps, eta, frames = settings["SEED"], settings["DDIM_STEPS"], settings["ETA"], []
+    """NEW in 04. Sample up to 36 images, save the figures; x_0: training images (B, C, H, W)."""
+    seed, size, frames = settings["SEED"], settings["BATCH_SIZE"], []
+    steps, eta = settings["DDIM_STEPS"], settings["ETA"]
     torch.manual_seed(seed)
-    samples = ddim.ddim_sample(36, steps, eta, frames=frames)
+    samples = ddim.ddim_sample(min(36, size), steps, eta, frames=frames)
     title = f"DDIM, η = {eta:g}, {steps} steps"
     save_results(folder, samples, frames, losses, note, title)
     print("Next: all samplers side by side. On a CPU that takes some minutes.")
-    save_comparison(ddim, seed, folder, note)
-    save_inversion(ddim, x_0, folder, note)
-    save_transitions(ddim, x_0, seed, folder, note)
+    save_comparison(ddim, seed, min(64, size), folder, note)
+    save_inversion(ddim, x_0[: min(16, size)], folder, note)
+    save_transitions(ddim, x_0, seed, size, folder, note)
 
 
 # %% 8. Run
@@ -1070,7 +1071,7 @@ if __name__ == "__main__":
 
     def preview(step):
         torch.manual_seed(SEED)  # the same noise each time: watch it change
-        samples = DDIM.load(path).ddim_sample(16, DDIM_STEPS, ETA)
+        samples = DDIM.load(path).ddim_sample(min(16, BATCH_SIZE), DDIM_STEPS, ETA)
         sample_grid(samples, out_dir / f"samples_step_{step:06}.png", f"After {step:,} steps", note)
 
     try:

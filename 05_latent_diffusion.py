@@ -959,10 +959,10 @@ def save_latent_interpolation(ldm, x, seed, folder, note, points=9):
 
 
 def save_latent_figures(ldm, losses, x, settings, folder, note):
-    """NEW in 05. Sample 36 images and save the figures; x: test images (B, C, H, W) in [-1, 1]."""
+    """NEW in 05. Sample up to 36 images and save the figures; x: test images (B, C, H, W)."""
     frames, title = [], f"From latents, DDIM, {settings['DDIM_STEPS']} steps"
     torch.manual_seed(settings["SEED"])
-    samples = ldm.sample(36, settings["DDIM_STEPS"], frames=frames)
+    samples = ldm.sample(min(36, settings["BATCH_SIZE"]), settings["DDIM_STEPS"], frames=frames)
     save_results(folder, samples, frames, losses, note, title)
     save_latent_interpolation(ldm, x, settings["SEED"], folder, note)
 
@@ -1062,7 +1062,7 @@ if __name__ == "__main__":
 
     def preview(step):
         torch.manual_seed(SEED)  # the same noise each time: watch it change
-        samples = LatentDiffusion.load(path).sample(16, DDIM_STEPS)
+        samples = LatentDiffusion.load(path).sample(min(16, BATCH_SIZE), DDIM_STEPS)
         sample_grid(samples, out_dir / f"samples_step_{step:06}.png", f"After {step:,} steps", note)
 
     try:
