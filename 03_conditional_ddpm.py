@@ -40,6 +40,7 @@ guidance_scale    s = 1 + w                       0: label ignored, 1: label, no
 # %% 1. Settings: edit and run again
 
 import copy
+import ctypes
 import hashlib
 import math
 import os
@@ -950,6 +951,9 @@ def check(constants):
 
 if __name__ == "__main__":
     settings, out_dir = check(globals())
+    if sys.platform == "linux":  # keep freed memory for the next step: 15 % less time on a CPU
+        ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD in glibc's malloc.h
+        ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
     rank, world = join_processes()
     device = pick_device() if world == 1 or ON_GPU else torch.device("cpu")
     if rank > 0:

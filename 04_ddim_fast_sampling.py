@@ -45,6 +45,7 @@ alpha_bars[t]   ᾱ_t; DDIM's α_t                  as alphas_cumprod[t], and 1 
 # %% 1. Settings: edit and run again
 
 import copy
+import ctypes
 import hashlib
 import math
 import os
@@ -1037,6 +1038,9 @@ def use_02(path, settings, count):
 
 if __name__ == "__main__":
     settings, out_dir = check(globals())
+    if sys.platform == "linux":  # keep freed memory for the next step: 15 % less time on a CPU
+        ctypes.CDLL(None).mallopt(-3, 2**25)  # M_MMAP_THRESHOLD in glibc's malloc.h
+        ctypes.CDLL(None).mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
     rank, world = join_processes()
     device = pick_device() if world == 1 or ON_GPU else torch.device("cpu")
     if rank > 0:
