@@ -86,7 +86,7 @@ def test_it_learns_which_class_is_which_from_a_folder_of_images(project, figures
     rows = torch.tensor(np.array(rows), dtype=torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
     settings = {"SEED": 0, "BATCH_SIZE": 12, "GUIDANCE_SCALE": 2.0, "SAMPLE_STEPS": 4}
     settings |= {"GUIDE_ABOVE": script.GUIDE_ABOVE, "GUIDE_BELOW": script.GUIDE_BELOW}
-    wanted = script.sample_classes(ddpm, [0, 1, 2] * 4, settings)[:3]  # four of each: BATCH_SIZE / 3
+    wanted = script.sample_classes(ddpm, [0, 1, 2] * 4, settings)[:3]  # 12 / 3 of each
     assert (rows - wanted).abs().max() < 0.01
 
 
