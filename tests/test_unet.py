@@ -52,6 +52,7 @@ def test_the_drawing_shows_the_network():
         ((1, 28, 28), (14, 16), {14}),
         ((3, 32, 32), (14, 16), {16}),
         ((1, 28, 28), (28, 7), {28, 7}),
+        ((3, 30, 30), (8, 15), {8, 15}),  # 30 / 4, rounded up
         ((1, 28, 28), (), set()),
     ],
 )
@@ -68,7 +69,7 @@ def test_attention_is_where_it_was_asked_for(shape, attention_at, expected):
             block.register_forward_hook(hook)
     model(torch.randn(1, *shape), torch.tensor([5]))
     assert sides[True] == expected
-    assert sides[False] == {shape[1], shape[1] // 2, shape[1] // 4} - expected
+    assert sides[False] == {math.ceil(shape[1] / n) for n in (1, 2, 4)} - expected
 
 
 def test_attention_is_softmax_of_scaled_products():
