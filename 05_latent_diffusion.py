@@ -461,7 +461,7 @@ class VAE(nn.Module):
 
     image_shape: (C, side, side). downsample: the factor by which latents are smaller, 2, 4 or 8
     (LDM's f). Images are padded with black, MNIST's from 28 to 32, so that the side of the latents
-    is even and the U-Net can halve it; decoded images are cropped. base_ch: channels at full
+    is even, as the U-Net halves it; decoded images are cropped. base_ch: channels at full
     resolution; 2 · base_ch at half of it, 4 · base_ch below. latent_shape: (latent_ch, h, h).
     """
 
